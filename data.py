@@ -1,0 +1,403 @@
+"""Photos and boxes: folders in COCO's layout, toy shapes that need no download, transforms, batches.
+
+    photo + boxes in pixels  ->  images [B,3,H,W], mask [B,H,W] (True = padding), targets: list of dicts
+
+Boxes in pixels (xyxy) stay inside this file; what leaves it is cx, cy, w, h in [0, 1] of the un-padded image. All
+randomness comes from a seed that travels with a sample's index: a run repeats with any number of workers, and resumes
+in the middle of an epoch. What is wrong with somebody's files becomes a `DataError` that says what to do about it.
+Read in this order: `Photos` (how a sample is made), the transforms (DETR, Carion 2020), the two data sets, the batches.
+"""
+import json
+import math
+import os
+import random
+import signal
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import box_convert
+from torchvision.transforms.functional import to_pil_image
+
+# ImageNet's mean and deviation (R, G, B), with which the pretrained backbones were fed; [3,1,1]
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+class DataError(Exception):
+    """Something is wrong with the user's data. The message names the file, image id or key, and what to do next."""
+
+# ============================================================================================ one photo, one sample
+def read_photo(path, size=None):
+    """Any picture file -> PIL image, mode RGB, upright (EXIF orientation applied). Raises DataError naming the file.
+    size: the (w, h) in its annotations. Most tools annotate the upright photo, some the pixels as stored: where only
+    those have this size, they are returned. (Half turns and square photos fit both ways; they are taken upright.)"""
+    try:
+        with Image.open(path) as stored:
+            photo = ImageOps.exif_transpose(stored)
+            photo = stored if stored.size == size != photo.size else photo
+            if photo.mode == "F" or photo.mode.startswith("I"):  # gray of 16 or 32 bits: convert() would clip it at 255
+                gray = np.nan_to_num(np.asarray(photo, np.float64)).clip(0)
+                # "I" mostly holds 16 bits; beyond them, and for floats, there is no agreed white: the brightest pixel
+                white = 65535 if photo.mode != "F" and gray.max() <= 65535 else max(gray.max(), 1e-12)
+                photo = Image.fromarray((gray * (255 / white)).round().astype(np.uint8))
+            if photo.has_transparency_data:  # convert() would forget alpha and show what lies under it. White is the
+                white = Image.new("RGBA", photo.size, "white")  # page on which cut-outs and diagrams are drawn.
+                photo = Image.alpha_composite(white, photo.convert("RGBA"))
+            return photo.convert("RGB")
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        raise DataError(f"{path}: cannot be read as a photo ({error}). Check the path; if the file is damaged or cut "
+                        f"short, copy or download it again, or remove it from the data.") from None
+
+def to_tensor(image):
+    """PIL image, RGB -> normalised float32 [3,H,W]: torchvision's to_tensor and normalize to the last bit, but with the
+    bytes turned and made float in one pass and the rest in place, which takes a quarter of the time."""
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(MEAN).div_(STD)
+
+def to_pil(image):
+    """Normalised float tensor [3,H,W] -> PIL image, for people to look at."""
+    return to_pil_image(((image.cpu().float() * STD + MEAN) * 255).round().clamp(0, 255).byte())
+
+class Photos(Dataset):
+    """What both data sets share. They bring `image_ids`, `transform` and read(i) -> (PIL image, boxes xyxy, labels)."""
+    def __len__(self):
+        return len(self.image_ids)
+
+    def __getitem__(self, key):
+        """[(i, seed)] augments with random.Random(seed) and nothing else; plain [i] is [(i, 0)].
+        Returns image float32 [3,H,W] normalised, and a dict: labels int64 [n]; boxes float32 [n,4] cx, cy, w, h in
+        [0, 1] of this image; image_id int; orig_size and size int64 [2], (h, w) of the photo and of this image.
+        A DataError is returned, not raised: raised in a worker it would end in a stack trace. `loader` raises it."""
+        index, seed = key if isinstance(key, tuple) else (key, 0)
+        try:
+            image, boxes, labels = self.read(index)
+        except DataError as error:
+            return error
+        orig_size = torch.tensor(image.size[::-1])
+        if self.transform:
+            image, boxes, labels = self.transform(image, boxes, labels, random.Random(seed))
+        boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh") / torch.tensor(image.size * 2)
+        return to_tensor(image), dict(labels=torch.from_numpy(labels), boxes=boxes, image_id=self.image_ids[index],
+                                      orig_size=orig_size, size=torch.tensor(image.size[::-1]))
+
+# ============================================================================================ transforms
+def resized(w, h, size, max_size=None):
+    """(h, w) after the published resize: short side `size`, long side at most `max_size` (None: no cap) pixels.
+    The rounding is part of the published numbers: the cap rounds the short side (half to even) and the long side is
+    truncated, so that 640x200 becomes 1334x417, one pixel above the cap."""
+    short, long = min(w, h), max(w, h)
+    if max_size is not None and long / short * size > max_size:
+        size = max(1, round(max_size * short / long))
+    if short == size:
+        return h, w
+    return (int(size * h / w), size) if w < h else (size, int(size * w / h))
+
+def _resize(image, boxes, size, max_size):
+    (w, h), (new_h, new_w) = image.size, resized(*image.size, size, max_size)
+    if (new_w, new_h) != (w, h):  # PIL widens its kernel when it reduces (antialiasing); without that, AP is lost
+        image = image.resize((new_w, new_h), Image.BILINEAR)
+    return image, boxes * np.float32([new_w / w, new_h / h] * 2)  # true ratios: whole pixels make them differ a little
+
+def _transform(image, boxes, labels, rng, size, max_size, flip, crop):
+    """One sample through `train_transform`. The order of the draws is part of what a seed means."""
+    scaled = lambda pixels: round(pixels * size / 800)
+    if flip and rng.random() < 0.5:
+        boxes = np.float32([image.width, 0, image.width, 0]) + boxes[:, [2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    if crop and rng.random() < 0.5:
+        image, boxes = _resize(image, boxes, scaled(rng.choice((400, 500, 600))), None)
+        w = rng.randint(scaled(384), min(image.width, scaled(600)))  # both ends included
+        h = rng.randint(scaled(384), min(image.height, scaled(600)))
+        left, top = rng.randint(0, image.width - w), rng.randint(0, image.height - h)
+        image = image.crop((left, top, left + w, top + h))
+        boxes = (boxes - np.float32([left, top] * 2)).clip(0, np.float32([w, h] * 2))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # possibly none: an image without boxes teaches too
+        boxes, labels = boxes[kept], labels[kept]
+    if crop:
+        size = scaled(rng.choice(range(480, 801, 32)))
+    return *_resize(image, boxes, size, max_size), labels
+
+def train_transform(size=800, max_size=1333, flip=True, crop=True):
+    """The DETR family's training recipe (datasets/coco.py of DETR), as published when size is 800.
+    Flip 0.5; then with 0.5 a resize to one of {480, 512, ..., 800}, long side at most max_size; otherwise a resize to
+    {400, 500, 600}, a random crop with sides from 384 to min(side, 600), then the first resize. For another `size` all
+    these numbers are multiplied by size/800 and rounded; max_size stays. crop=False: only the flip and one scale.
+    Returns f(PIL image, boxes float32 [n,4] xyxy pixels, labels [n], random.Random) -> (image, boxes, labels); not a
+    closure, because workers that are not forked (macOS, Windows) get it by pickle."""
+    return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop)
+
+def eval_transform(size=800, max_size=1333):
+    """The published evaluation, a resize and nothing random. Same kind of callable as `train_transform`."""
+    return train_transform(size, max_size, flip=False, crop=False)
+
+# ============================================================================================ COCO's layout
+TREE = """{root}: {what} is missing. The folder must look like this:
+    train2017/   val2017/                                                             photos to learn from, to test on
+    annotations/instances_train2017.json   annotations/instances_val2017.json         their boxes, in COCO's format"""
+DOWNLOAD = "\nCOCO is at https://cocodataset.org/#download: 2017 Train images, Val images, Train/Val annotations."
+
+def _load_json(file):
+    try:
+        with open(file, "rb") as stream:  # bytes: json finds the encoding itself, also after a byte order mark
+            coco = json.load(stream)
+    except (ValueError, RecursionError, OSError) as error:
+        raise DataError(f"{file}: not JSON ({error}). If it was cut short, write or download it again.") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
+            raise DataError(f"{file}: not in COCO's format (https://cocodataset.org/#format-data): no list '{key}'.")
+    return coco
+
+def _field(record, key, kind, who):
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise DataError(f"{who}: '{key}' is {value!r}, not {'a whole number' if kind is int else 'text'}. Correct it.")
+    return value
+
+def _label_map(categories, category_ids, where):
+    """COCO's categories -> (label -> category id, label -> name, {category id: label}); see `CocoFolder`."""
+    names = {_field(record, "id", int, f"{where}: a category"): str(record.get("name", "?")) for record in categories}
+    ids = sorted(names) if category_ids is None else list(category_ids)  # ids may have gaps (COCO's do), labels not
+    if len(names) < len(categories):
+        raise DataError(f"{where}: two categories have the same id. Give each its own.")
+    if strange := sorted(set(names) - set(ids)):
+        raise DataError(f"{where}: category ids {strange} are not among those that the model was trained on ({ids}). "
+                        f"Use data with these, or train a new head.")
+    return ids, [names.get(key, "N/A") for key in ids], {key: label for label, key in enumerate(ids)}
+
+class CocoFolder(Photos):
+    """A folder in COCO's layout (TREE), checked when it is opened so that no run stops in its third hour.
+    category_ids: label -> category id. None: the file's ids, sorted. A checkpoint's list, to keep its labels: the
+    published heads' label IS the category id, so theirs is range(91).
+    Attributes: image_ids [N], category_ids [C], classes [C] (names; "N/A" where the file has none), summary (one line,
+    with what was repaired). Raises DataError for what cannot be repaired.
+    All is kept in a few arrays. Lists of dicts would be copied into every forked worker page by page, because reading a
+    Python object writes its reference count: with COCO's 118,287 photos, gigabytes per worker."""
+    def __init__(self, root, split="train2017", transform=None, category_ids=None):
+        self.folder, self.transform = os.path.join(root, split), transform
+        self.file = file = os.path.join(root, "annotations", f"instances_{split}.json")
+        if not os.path.isfile(file) or not os.path.isdir(self.folder):
+            what, is_coco = self.folder if os.path.isfile(file) else file, "coco" in os.path.abspath(root).lower()
+            raise DataError(TREE.format(root=root, what=what) + DOWNLOAD * is_coco)
+        coco = _load_json(file)
+        self.category_ids, self.classes, label_of = _label_map(coco["categories"], category_ids, file)
+        known = {record["id"] for record in coco["categories"]}
+
+        images = {}  # id -> record
+        for record in coco["images"]:
+            key = _field(record, "id", int, f"{file}: an image")
+            name = _field(record, "file_name", str, f"{file}: image {key}")
+            if images.setdefault(key, record)["file_name"] != name:
+                raise DataError(f"{file}: image id {key} is {images[key]['file_name']} and {name}. Give each its own.")
+        if not images:
+            raise DataError(f"{file}: 'images' is empty: nothing to learn from or to test on. Add photos.")
+        self.image_ids, self.names = list(images), np.array([record["file_name"] for record in images.values()])
+        present = set(os.listdir(self.folder))  # one listing: a stat per photo takes minutes on a network disk
+        absent = [i for i, name in enumerate(self.names)  # (names with a subfolder are not in the listing)
+                  if name not in present and not os.path.exists(self.path(i))]
+        if absent:
+            raise DataError(f"{self.path(absent[0])} (image id {self.image_ids[absent[0]]}) is missing, as are "
+                            f"{len(absent) - 1} other photos. Add them, or remove them from {file}.")
+        self.sizes = np.array([  # [N, 2], the w, h that the boxes refer to; without them, the photo's
+            [_field(record, side, int, f"{file}: image {key}") for side in ("width", "height")]
+            if record.get("width") and record.get("height") else read_photo(self.path(i)).size
+            for i, (key, record) in enumerate(images.items())])
+
+        place, owner, labels, xywh, crowds = {key: i for i, key in enumerate(images)}, [], [], [], 0
+        for record in coco["annotations"]:
+            who = f"{file}: annotation {record.get('id') if isinstance(record, dict) else record!r}"
+            image, category = (_field(record, key, int, who) for key in ("image_id", "category_id"))
+            if image not in place or category not in known:
+                key = f"image_id {image}" if image not in place else f"category_id {category}"
+                raise DataError(f"{who}: {key} is not listed in the file. Correct the annotation or remove it.")
+            box = record.get("bbox")
+            if not (isinstance(box, list) and len(box) == 4
+                    and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)):
+                raise DataError(f"{who}: bbox {box!r} is not four finite numbers (x, y, w, h in pixels). Correct it.")
+            if record.get("iscrowd"):  # "people here": no single object to learn; COCO's metric ignores hits on it
+                crowds += 1
+            else:
+                owner.append(place[image]), labels.append(label_of[category]), xywh.append(box)
+        owner, raw = np.array(owner, np.int64), np.array(xywh, np.float64).reshape(-1, 4)
+        raw[:, 2:] += raw[:, :2]
+        boxes = raw.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # COCO too has boxes without area; their GIoU is 0/0
+        clipped = kept & (abs(raw - boxes) > 0.01).any(1)  # less is rounding: COCO writes two decimals
+        order = np.flatnonzero(kept)[np.argsort(owner[kept], kind="stable")]
+        self.boxes, self.labels = boxes[order], np.array(labels, np.int64)[order]  # of all photos; those of photo i are
+        self.offsets = np.searchsorted(owner[order], np.arange(len(images) + 1))   # offsets[i] : offsets[i + 1]
+
+        ids = [str(record.get("id")) for record in coco["annotations"]]
+        notes = {"boxes of no area dropped": (~kept).sum(), "boxes clipped to the photo": clipped.sum(),
+                 "crowds left out": crowds, "repeated images merged": len(coco["images"]) - len(images),
+                 "repeated annotation ids renumbered": len(ids) - len(set(ids))}
+        notes = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
+        self.summary = f"{len(images)} images, {len(order)} boxes, {len(known)} classes" + f" ({notes})" * bool(notes)
+
+    def path(self, i):
+        return os.path.join(self.folder, self.names[i])
+
+    def read(self, i):
+        """PIL image, boxes float32 [n,4] xyxy pixels inside it, labels int64 [n]. Raises DataError."""
+        w, h = self.sizes[i].tolist()
+        image, span = read_photo(self.path(i), (w, h)), slice(self.offsets[i], self.offsets[i + 1])
+        if image.size != (w, h):
+            raise DataError(f"{self.path(i)}: the photo is {image.width}x{image.height}, but its boxes are for {w}x{h} "
+                            f"(image {self.image_ids[i]} in {self.file}). Restore the photo or correct the file.")
+        return image, self.boxes[span].copy(), self.labels[span].copy()
+
+    def ground_truth(self):
+        """The file as pycocotools wants it, with crowds and boxes of no area, since published numbers count them. It is
+        read from disk again: only evaluation needs it, and it is the one big structure of Python objects."""
+        coco = _load_json(self.file)
+        for number, record in enumerate(coco["annotations"], 1):
+            area = record["bbox"][2] * record["bbox"][3] if record.get("area") is None else record["area"]
+            # Numbered anew: pycocotools takes annotation id 0 for "no match", and keeps only one of two equal ids.
+            record.update(id=number, area=area, iscrowd=int(bool(record.get("iscrowd"))))
+        images = [dict(id=key, file_name=name, width=w, height=h)
+                  for key, name, (w, h) in zip(self.image_ids, self.names.tolist(), self.sizes.tolist())]
+        return coco | dict(info={}, images=images)
+
+# ============================================================================================ toy shapes
+def _outline(corners, start, radii=(1.0,)):
+    angle, radius = math.radians(start) + np.arange(corners) * 2 * math.pi / corners, np.resize(radii, corners)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)  # [corners, 2]
+
+OUTLINES = {"circle": _outline(48, 0), "square": _outline(4, 45), "triangle": _outline(3, -90),
+            "star": _outline(10, -90, (1.0, 0.45)), "ring": _outline(48, 0)}
+PALETTE = [(r, g, b) for r in (30, 128, 225) for g in (30, 128, 225) for b in (30, 128, 225)]
+
+def shape_mask(name, points):
+    """Coverage of the shape whose outline is points [k,2] in pixels: (PIL "L" mask, its (left, top) in the picture).
+    Drawn 4x as large, then averaged: PIL draws in whole pixels, and so the edges lie within an eighth of a pixel of
+    `points`, whose extremes are the box."""
+    low, high = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
+    mask, points = Image.new("L", tuple((4 * (high - low)).tolist())), (points - low) * 4
+    ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=255)
+    if name == "ring":
+        ImageDraw.Draw(mask).polygon((points * 0.55 + points.mean(0) * 0.45).ravel().tolist(), fill=0)
+    return mask.reduce(4), tuple(low.tolist())
+
+class ToyShapes(Photos):
+    """`count` pictures, `size` pixels square, of 1 to 6 shapes of 5 classes; picture i depends on (seed, i) alone.
+    Attributes, items and ground_truth() as in `CocoFolder`: what cannot learn this will not learn COCO either."""
+    def __init__(self, count, size=128, seed=0, transform=None, category_ids=None):
+        self.size, self.seed, self.transform, self.image_ids = size, seed, transform, list(range(1, count + 1))
+        self.categories = [dict(id=i, name=name) for i, name in enumerate(OUTLINES, 1)]
+        self.category_ids, self.classes, self.label_of = _label_map(self.categories, category_ids, "toy shapes")
+        self.summary = f"{count} images of {size} pixels, drawn on the fly, {len(OUTLINES)} classes"
+
+    def scene(self, i):
+        """(random.Random to go on drawing with, list of (category, outline [k,2] px, box [x,y,w,h] px))."""
+        rng, shapes, hidden = random.Random(f"toy {self.seed} {i}"), [], []  # hidden: share of each box behind others
+        for _ in range(rng.randint(1, 6)):
+            category = rng.choice(self.categories)
+            for _ in range(20):  # tries to find a place; in a full picture this shape is left out
+                cos, sin = math.cos(turn := rng.uniform(-0.3, 0.3)), math.sin(turn)
+                points = OUTLINES[category["name"]] @ np.array([[cos, sin], [-sin, cos]])
+                points -= points.min(0)
+                points *= self.size * rng.uniform(0.12, 0.5) / points.max()  # the box's longer side
+                w, h = points.max(0).tolist()
+                x, y = rng.uniform(0, self.size - w), rng.uniform(0, self.size - h)
+                behind = [part + max(0, min(x + w, X + W) - max(x, X)) * max(0, min(y + h, Y + H) - max(y, Y)) / (W * H)
+                          for part, (_, _, (X, Y, W, H)) in zip(hidden, shapes)]
+                if max(behind, default=0) <= 0.3:  # of the box, which keeps about half of the shape in sight at worst
+                    shapes.append((category, points + [x, y], [x, y, w, h]))
+                    hidden = behind + [0]
+                    break
+        return rng, shapes
+
+    def read(self, i):
+        """PIL image, boxes float32 [n,4] xyxy pixels, labels int64 [n]; later shapes lie on top."""
+        rng, shapes = self.scene(i)
+        # Two colours of a picture differ by at least 57 levels (97 - 2 * 20) in some channel, so that edges show.
+        ground, *colours = [tuple(level + rng.randint(-20, 20) for level in colour)
+                            for colour in rng.sample(PALETTE, len(shapes) + 1)]
+        part, across = rng.uniform(0, 1), np.linspace(-30, 30, self.size, dtype=np.float32)
+        ramp = part * across[:, None] + (1 - part) * across  # [size,size]: lighter to one side, and noise
+        noise = np.frombuffer(rng.randbytes(self.size ** 2 * 3), np.uint8).reshape(self.size, self.size, 3)
+        pixels = np.float32(ground) + ramp[..., None] + (noise * np.float32(0.12) - 15)
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        for (category, points, _), colour in zip(shapes, colours):
+            mask, corner = shape_mask(category["name"], points)
+            image.paste(colour, corner, mask)
+        labels = np.array([self.label_of[category["id"]] for category, _, _ in shapes])
+        return image, np.float32([[x, y, x + w, y + h] for _, _, (x, y, w, h) in shapes]), labels
+
+    def ground_truth(self):
+        images = [dict(id=key, width=self.size, height=self.size) for key in self.image_ids]
+        boxes = [(key, *shape) for i, key in enumerate(self.image_ids) for shape in self.scene(i)[1]]
+        annotations = [dict(id=n, image_id=key, category_id=category["id"], bbox=[x, y, w, h], area=w * h, iscrowd=0)
+                       for n, (key, category, _, (x, y, w, h)) in enumerate(boxes, 1)]
+        return dict(info={}, images=images, annotations=annotations, categories=self.categories)
+
+def open_data(data, data_root=None, split="train", transform=None, category_ids=None, image_size=128, toy_count=None):
+    """The data set that a command line names. data: "toy", "coco" (in data_root, $COCO_ROOT or data/coco) or a folder.
+    split: "train" or "val". image_size, toy_count: pixels and number of toy pictures (2000 to train, 200 to test)."""
+    split = split.removesuffix("2017")
+    if split not in ("train", "val"):
+        raise DataError(f"split '{split}' does not exist: train or val.")
+    if data_root is not None and data != "coco":
+        raise DataError(f"data_root '{data_root}' says where COCO is, but data is '{data}'. Use one of them.")
+    if data == "toy":
+        count, seed = (2000, 0) if split == "train" else (200, 1)  # other seed, other pictures
+        return ToyShapes(toy_count or count, image_size, seed, transform, category_ids)
+    if data == "coco":
+        data = data_root or os.environ.get("COCO_ROOT") or os.path.join("data", "coco")
+    elif not os.path.isdir(data):
+        raise DataError(f"data '{data}' is not a folder. Accepted: 'toy' (built in), 'coco', or a folder with "
+                        "train2017/, val2017/ and annotations/instances_{train2017,val2017}.json.")
+    return CocoFolder(data, f"{split}2017", transform, category_ids)
+
+# ============================================================================================ batches
+class BatchOrder:
+    """The order of one training epoch, a batch_sampler for DataLoader: yields lists of (index, sample seed).
+    A fresh permutation from (seed, epoch). A last, smaller batch is left out, but fewer photos than batch_size are
+    repeated to fill one. A sample's seed depends on (seed, epoch, place in the order) alone: a run that resumes after
+    `start` batches sees what it would have seen."""
+    def __init__(self, n, batch_size, seed, epoch, start=0):
+        self.n, self.batch_size, self.seed, self.epoch, self.start = n, batch_size, seed, epoch, start
+
+    def __len__(self):
+        return max(0, max(1, self.n // self.batch_size) - self.start)
+
+    def __iter__(self):
+        order = list(range(self.n))
+        random.Random(f"order {self.seed} {self.epoch}").shuffle(order)
+        for batch in range(self.start, self.start + len(self)):
+            yield [(order[place % self.n], random.Random(f"sample {self.seed} {self.epoch} {place}").getrandbits(32))
+                   for place in range(batch * self.batch_size, (batch + 1) * self.batch_size)]
+
+def collate(batch):
+    """List of samples -> images [B,3,H,W], mask [B,H,W] bool (True = padding), targets. A DataError among them: that.
+    Padding lies right and bottom and is zero after normalisation, that is, of the mean colour."""
+    for error in batch:
+        if isinstance(error, DataError):
+            return error
+    h, w = (max(image.shape[side] for image, _ in batch) for side in (1, 2))
+    images, mask = torch.zeros(len(batch), 3, h, w), torch.ones(len(batch), h, w, dtype=torch.bool)
+    for i, (image, _) in enumerate(batch):
+        images[i, :, :image.shape[1], :image.shape[2]] = image
+        mask[i, :image.shape[1], :image.shape[2]] = False
+    return images, mask, [target for _, target in batch]
+
+def loader(dataset, batches, workers=0, device="cpu"):
+    """Iterate over (images, mask, targets) on the CPU, in pinned memory if `device` is a GPU. batches: a BatchOrder, or
+    for evaluation lists of plain indices. Raises DataError for a photo that cannot be used and a worker that died."""
+    try:
+        watched = workers and hasattr(signal, "SIGCHLD")  # (not on Windows)
+        handler = watched and signal.getsignal(signal.SIGCHLD)
+        # Its own generator: an iterator draws a number when it is made, and a resumed run makes one more.
+        feed = iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                               pin_memory=str(device).startswith("cuda"), generator=torch.Generator()))
+        if watched:  # torch reports a dead worker from a signal handler, at any line of the training step. Without the
+            signal.signal(signal.SIGCHLD, handler)  # handler it reports when the next batch is asked for: here.
+        for batch in feed:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(f"A worker process that loads photos died, mostly because memory ran out ({error}). Run with "
+                        f"--workers 0 or fewer workers, or with smaller images or batches.") from None

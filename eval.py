@@ -1,0 +1,337 @@
+"""From a trained model to scores, boxes and pictures.
+
+    python eval.py --weights last.pt --data coco --data-root ...       COCO's twelve numbers, and results.json
+    python eval.py --weights last.pt --images cat.jpg holiday/         pictures with boxes, and predictions.json
+
+In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR, Deformable DETR and DiffuDETR),
+`evaluate` (COCO metrics), `predict` (any photos), `draw`, `picture_grid` and `plot_curves` (for people), command line.
+"""
+import argparse
+import colorsys
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torchvision.ops import batched_nms, box_convert
+from tqdm import tqdm
+
+import data
+import variants
+import weights
+
+METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
+PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+# ==================================================================================== from the heads to boxes in pixels
+
+def postprocess(outputs, sizes, cfg):
+    """What the model says about B images -> a list of B dicts, each sorted by score, best first.
+
+    outputs: the model's dict; read is the last layer of "logits" [L,B,Q,C] and "boxes" [L,B,Q,4] (cx, cy, w, h in 0..1)
+    or, where a diffusion model gives it, "evaluations" with the same two as [S,B,Q,..]. sizes: [B,2], height and width
+    of the original photos in pixels. cfg: its class_loss, detections and ensemble_nms are read.
+    Each dict: "scores" [K] in 0..1, "labels" [K], "boxes" [K,4] as x0, y0, x1, y1 in pixels, in the outputs' dtype.
+
+    "ce" (DETR): one detection per query, its best class; the last class is "no object" and never wins. Otherwise
+    (Deformable DETR and after) the best of all query-class pairs, so one query may answer twice. Neither clips.
+    Diffusion (DiffuDETR's released code): every evaluation's answer, NMS per class over all, the best of it; clipped.
+    """
+    sampled = "evaluations" in outputs
+    source = outputs["evaluations"] if sampled else {key: outputs[key][-1:] for key in ("logits", "boxes")}
+    logits, boxes = source["logits"], source["boxes"]                                            # [S,B,Q,C], [S,B,Q,4]
+    if cfg.class_loss == "ce":
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)                                    # [S,B,Q]
+        scores, query = scores.sort(dim=-1, descending=True, stable=True)
+        labels = labels.gather(-1, query)
+    else:
+        C = logits.shape[-1]
+        # The sigmoid keeps the order, so it is enough to take it of the few that are kept.
+        scores, pair = logits.flatten(2).topk(min(cfg.detections, logits[0, 0].numel()))         # [S,B,K]
+        scores, labels, query = scores.sigmoid(), pair % C, pair // C
+    limits = sizes.to(boxes).flip(-1).repeat(1, 2)                                               # [B,4]: w, h, w, h
+    boxes = boxes.gather(2, query[..., None].expand(-1, -1, -1, 4))
+    boxes = box_convert(boxes, "cxcywh", "xyxy") * limits[:, None]                               # [S,B,K,4]
+    found = []
+    for i, limit in enumerate(limits):
+        s, c, b = (t[:, i].flatten(0, 1) for t in (scores, labels, boxes))                       # of all S: [S*K]
+        if len(logits) > 1:
+            # batched_nms shifts boxes by label * size: a hundredth of a pixel is lost in float32, none in float64.
+            keep = batched_nms(b.double(), s.double(), c, cfg.ensemble_nms)[:cfg.detections]
+            s, c, b = s[keep], c[keep], b[keep]
+        found.append(dict(scores=s, labels=c, boxes=b.clamp(min=0).minimum(limit) if sampled else b))
+    return found
+
+
+@contextlib.contextmanager
+def answering(model):
+    """Eval mode and no gradients, then each module as it was (some may be frozen). Yields the model's device."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():        # not inference_mode: what a model caches in there could not be trained with later
+            yield next(model.eval().parameters()).device
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# ====================================================================================================== COCO metrics
+
+def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, progress=True, table=False):
+    """Run the model over a data set of data.py -> (metrics, detections).
+
+    metrics: dict of the twelve names in METRICS, 0..1, by pycocotools; -1 where there is nothing to find (no small
+    objects, say). detections: COCO's results format, [{image_id, category_id, bbox [x, y, w, h] in pixels, score}].
+    device: where the images go; by default the model's. limit: only the first so many images are run and scored.
+    table: print pycocotools' twelve lines.
+    """
+    image_ids = list(dataset.image_ids)[:limit]
+    batches = [range(len(image_ids))[i:i + batch_size] for i in range(0, len(image_ids), batch_size)]
+    truth, detections = dataset.ground_truth(), []
+    # A head may have labels that the data set has no category for (11 of COCO's 91): their detections are dropped.
+    exists = {category["id"] for category in truth["categories"]}
+    with answering(model) as home:
+        device = device or home
+        for images, mask, targets in tqdm(data.loader(dataset, batches, workers, device), "evaluating", len(batches),
+                                          leave=False, disable=None if progress else True):  # None: no bar in log files
+            sizes = torch.stack([target["orig_size"] for target in targets])
+            found = postprocess(model(images.to(device, non_blocking=True), mask.to(device)), sizes, model.cfg)
+            for target, image in zip(targets, found):
+                image["boxes"] = box_convert(image["boxes"], "xyxy", "xywh")
+                for score, label, box in zip(*(image[key].tolist() for key in ("scores", "labels", "boxes"))):
+                    key = dataset.category_ids[label]
+                    if key in exists:
+                        detections.append(dict(image_id=target["image_id"], category_id=key, bbox=box, score=score))
+    return coco_metrics(truth, detections, image_ids, table), detections
+
+
+def coco_metrics(truth, detections, image_ids, table=False):
+    """Score detections (results format) on the images `image_ids` of a COCO dict -> dict of METRICS; see `evaluate`."""
+    gt, dt = COCO(), COCO()
+    # loadRes would do this too, but it fails on an empty list and writes into the caller's dicts.
+    gt.dataset, dt.dataset = truth, truth | dict(annotations=[
+        d | dict(id=i, iscrowd=0, area=d["bbox"][2] * d["bbox"][3]) for i, d in enumerate(detections, 1)])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        gt.createIndex()
+        dt.createIndex()
+        scorer = COCOeval(gt, dt, "bbox")
+        scorer.params.imgIds = image_ids
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    if table:
+        print(*printed.getvalue().splitlines()[-len(METRICS):], sep="\n")
+    return dict(zip(METRICS, scorer.stats.tolist()))
+
+
+# ================================================================================================ photos and pictures
+
+def detect(model, image, size, score):
+    """Objects in one image [3,H,W] of at least `score` -> postprocess' dict, as lists; size: the photo's (w, h)."""
+    with answering(model) as device:
+        images = image[None].to(device)
+        outputs = model(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
+        found = postprocess(outputs, torch.tensor([size[::-1]]), model.cfg)[0]
+    return {key: value[found["scores"] >= score].tolist() for key, value in found.items()}
+
+
+def predict(model, meta, paths, score=0.5, transform=None, folder=None):
+    """Find objects in photos, one by one -> a list with one dict per path.
+
+    Each is {"file", "detections": [{"label", "category_id", "score", "bbox" [x, y, w, h] in pixels}]}, best first, from
+    `score` on; or {"file", "error"} for a photo that cannot be read: the others are still done. transform:
+    `data.eval_transform` of another size than the checkpoint's. folder: where to write each photo with its boxes drawn.
+    """
+    transform = transform or data.eval_transform(meta["recipe"]["image_size"], meta["recipe"]["max_size"])
+    classes, results, taken = meta["classes"], [], set()
+    for path in map(Path, tqdm(paths, desc="predicting", leave=False, disable=None)):
+        results.append(result := dict(file=str(path)))
+        try:
+            photo = data.read_photo(path)
+        except data.DataError as error:
+            result["error"] = str(error)
+            continue
+        image, _, _ = transform(photo, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None)
+        found = detect(model, data.to_tensor(image), photo.size, score)
+        result["detections"] = [
+            dict(label=classes[c], category_id=meta["category_ids"][c], score=s, bbox=[x0, y0, x1 - x0, y1 - y0])
+            for s, c, (x0, y0, x1, y1) in zip(*found.values())]
+        if folder is not None:
+            name = f"{path.stem}-{len(results)}.jpg" if path.stem in taken else f"{path.stem}.jpg"     # a/1.jpg b/1.jpg
+            taken.add(path.stem)
+            result["picture"] = str(Path(folder) / name)
+            draw(photo, found["boxes"], found["labels"], classes, found["scores"]).save(result["picture"], quality=92)
+    return results
+
+
+def draw(photo, boxes, labels, classes, scores=None):
+    """A copy of a photo with boxes, names and scores on it; a small one is enlarged, so that the names can be read.
+
+    photo: PIL. boxes: K x (x0, y0, x1, y1) in its pixels. labels: K ints. classes: names. scores: K, or None.
+    """
+    zoom = max(1, round(480 / max(photo.size)))
+    picture = ImageOps.scale(photo.convert("RGB"), zoom)
+    width, height = picture.size
+    pen, line = ImageDraw.Draw(picture), max(3, round(max(width, height) / 250))
+    font = ImageFont.load_default(size=max(13, max(width, height) / 45))
+    boxes = [[min(max(x * zoom, 0), side - 1) for x, side in zip(box, (width, height) * 2)] for box in boxes]
+    # The golden angle keeps the hues of any few neighbouring labels far apart.
+    hues = [colorsys.hsv_to_rgb(0.58 + 0.618034 * label, 0.82, 0.95) for label in labels]
+    colours = [tuple(round(255 * x) for x in hue) for hue in hues]
+    for (x0, y0, x1, y1), colour in reversed(list(zip(boxes, colours))):             # the best on top
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=line + 2)       # seen on any background
+        pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
+    texts = [classes[c] + ("" if scores is None else f" {scores[i]:.2f}") for i, c in enumerate(labels)]
+    tags = []                                            # names after all boxes, or a box would cross them out
+    for (x0, y0, x1, y1), colour, text in zip(boxes, colours, texts):
+        w, h = pen.textlength(text, font) + 6, font.size * 1.3
+        x = min(x0, max(width - w, 0))
+        places = [y for y in (y0 - h, y0, y1, y1 - h, *np.arange(y0 + h, y1 - h, h)) if 0 <= y <= height - h] or [0]
+        free = [y for y in places if all(abs(y - b) >= h or x + w <= a or a + c <= x for a, b, c in tags)]
+        y = (free or places)[0]                          # above the box, else wherever no other name stands
+        tags.append((x, y, w))
+        pen.rectangle((x, y, x + w, y + h), fill=colour)
+        bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140                         # to the eye (BT.601)
+        pen.text((x + 3, y + h / 2), text, font=font, fill="black" if bright else "white", anchor="lm")
+    return picture
+
+
+def picture_grid(model, dataset, path, count=8, score=0.5):
+    """Write one picture: `count` photos of the data set, each with ground truth beside predictions from `score` on."""
+    pictures, gap, head = [], 12, 44                     # pixels
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, count).round()).astype(int).tolist()
+    for (image,), _, (target,) in data.loader(dataset, [[i] for i in chosen]):
+        photo = data.to_pil(image)
+        photo.thumbnail((640, 640))
+        found = detect(model, image, photo.size, score)
+        truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(photo.size * 2)
+        pictures += [draw(photo, truth.tolist(), target["labels"].tolist(), dataset.classes),
+                     draw(photo, found["boxes"], found["labels"], dataset.classes, found["scores"])]
+    rows, width = [pictures[i:i + 4] for i in range(0, len(pictures), 4)], gap + max(p.width for p in pictures)
+    heights = [gap + max(picture.height for picture in row) for row in rows]
+    sheet = Image.new("RGB", (len(rows[0]) * width + gap, head + sum(heights)), "white")
+    pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(size=22), head
+    titles = ("ground truth", f"prediction (score {score:g} or more)") * 2
+    for row, height in zip(rows, heights):
+        for middle, picture, title in zip(range((gap + width) // 2, sheet.width, width), row, titles):
+            sheet.paste(picture, (middle - picture.width // 2, top + (height - gap - picture.height) // 2))
+            pen.text((middle, head / 2), title, font=font, fill="black", anchor="mm")
+        top += height
+    sheet.save(path)
+
+
+def plot_curves(log_path, out_path):
+    """Draw a run's log.jsonl: losses (log axis, smoothed over the raw line) and COCO AP over steps -> an image file."""
+    from matplotlib.figure import Figure            # not pyplot: no display, no global state; here: slow to import
+    lines = []
+    for text in Path(log_path).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):                    # a run that was killed leaves half a line
+            lines.append(json.loads(text))
+
+    def series(key, least):                              # [2,N]: steps, values
+        return np.array([(line["step"], line[key]) for line in lines if line.get(key, -1) >= least]).reshape(-1, 2).T
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key, name, colour in (("loss", "total", "black"), ("loss_class", "class", "tab:blue"),
+                              ("loss_bbox", "L1", "tab:orange"), ("loss_giou", "GIoU", "tab:green")):
+        for key, name, style in ((key, name, "-"), (f"{key}_dn", f"{name}, denoising", "--")):
+            steps, values = series(key, 1e-12)
+            if len(steps):
+                window = np.ones(max(1, len(steps) // 30))           # it holds fewer values at the ends
+                smooth, held = (np.convolve(x, window, "same") for x in (values, np.ones(len(steps))))
+                left.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
+                left.plot(steps, smooth / held, style, color=colour, label=name)
+    for key, colour in (("AP", "tab:red"), ("AP50", "tab:purple")):
+        steps, values = series(key, 0)                   # pycocotools' -1 is no measurement
+        if len(steps):
+            right.plot(steps, values, ".-", color=colour, label=f"{key} (last: {values[-1]:.3f})")
+    left.set(yscale="log", title="training loss", xlabel="step")
+    right.set(ylim=(0, None), title="COCO metrics on the validation photos", xlabel="step")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+        if axis.lines:
+            axis.legend(frameon=False)
+    figure.savefig(out_path, dpi=130)
+
+
+# ======================================================================================================== command line
+
+def main(argv=None):
+    """The command line; see --help. Exits with 2 on wrong input, with 1 if a photo could not be read."""
+    parser = argparse.ArgumentParser(description="Score a checkpoint on a data set, or find objects in photos.")
+    parser.add_argument("--weights", required=True, type=Path, help="a checkpoint: of train.py, or a published one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
+    parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's)")
+    parser.add_argument("--evaluations", type=int, metavar="S", help="decoder evaluations of a diffusion model")
+    parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO layout")
+    what.add_argument("--images", nargs="+", help="find objects in photos, or in folders of photos")
+    parser.add_argument("--score", type=float, default=0.5, help="--images: leave out detections below this")
+    parser.add_argument("--data-root", help="--data coco: where it lies")
+    parser.add_argument("--batch-size", type=int, default=4, help="--data: images at a time")
+    parser.add_argument("--workers", type=int, default=2, help="--data: processes that load photos")
+    parser.add_argument("--limit", type=int, metavar="N", help="--data: only the first N images")
+    args = parser.parse_args(argv)
+    for name in ("image_size", "max_size", "evaluations", "batch_size", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    try:
+        sys.exit(1 if run(args, parser) else 0)
+    except (data.DataError, weights.WeightsError, variants.ConfigError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def run(args, parser):
+    """Do what the command line asks for -> how many photos could not be read."""
+    model, meta = weights.load_checkpoint(args.weights)
+    if args.evaluations:
+        if model.cfg.queries != "noise":
+            parser.error(f"--evaluations is for diffusion models, and {args.weights} holds {meta['variant']}")
+        model.cfg = model.cfg.but(evaluations=args.evaluations)
+    model.to(args.device)
+    size = args.image_size or meta["recipe"]["image_size"]
+    transform = data.eval_transform(size, args.max_size or meta["recipe"]["max_size"])
+    if args.data:
+        dataset = data.open_data(args.data, args.data_root, "val", transform, meta["category_ids"], size)
+        for category, theirs, ours in zip(meta["category_ids"], dataset.classes, meta["classes"]):
+            if theirs not in ("N/A", ours):              # the same ids may mean other things
+                raise data.DataError(f"category {category} is {theirs!r} in {args.data}, {ours!r} in {args.weights}: "
+                                     "use a model trained on these categories, or look at the photos with --images")
+        out = args.out or args.weights.parent
+        out = out if out.suffix == ".json" else out / "results.json"
+        out.parent.mkdir(parents=True, exist_ok=True)    # before the long run, not after it
+        _, detections = evaluate(model, dataset, args.batch_size, args.device, args.workers, args.limit, table=True)
+        out.write_text(json.dumps(detections))
+        part = f"on the first {args.limit} of " if args.limit and args.limit < len(dataset) else ""
+        print(f"{meta['variant']}, {args.data}, {part}{len(dataset)} images: {len(detections)} detections in {out}")
+        return 0
+    paths, folder = [], args.out or args.weights.parent / "predictions"
+    for path in map(Path, args.images):
+        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_ENDINGS) if path.is_dir() else [path]
+        if not inside:
+            raise data.DataError(f"{path}: no photos in this folder (looked for {', '.join(PHOTO_ENDINGS)})")
+        paths += inside
+    if any(path.resolve().parent == folder.resolve() for path in paths):
+        raise data.DataError(f"--out {folder} holds photos of --images, which it would overwrite: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    results = predict(model, meta, paths, args.score, transform, folder)
+    (folder / "predictions.json").write_text(json.dumps(results, indent=1))
+    errors = [result["error"] for result in results if "error" in result]
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    print(f"{len(results) - len(errors)} of {len(results)} photos: pictures and predictions.json in {folder}")
+    return len(errors)
+
+
+if __name__ == "__main__":
+    main()

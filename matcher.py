@@ -1,0 +1,191 @@
+"""Who owns which ground truth (assignment), and what a prediction then costs (the set loss).
+
+DETR (Carion 2020), section 3.1, in two steps: 1) find the one-to-one assignment of predictions to targets of least
+cost, for every decoder layer on its own; 2) supervise each pair in class and box, everything else as "no object".
+Focal costs and losses are Deformable DETR's, the proposals' loss is two-stage's, denoising needs no assignment (DN).
+
+Read `giou`, `match`, then `Criterion`. Shapes: L layers, B images, Q queries, C classes, G targets of an image.
+"""
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert, sigmoid_focal_loss
+
+ALPHA, GAMMA = 0.25, 2.0        # of the focal loss (Lin et al. 2017), in all papers of the family
+
+
+def giou(a, b, eps=0.0):
+    """Generalised IoU of boxes cxcywh [..., 4], broadcast against each other (Rezatofighi et al. 2019).
+
+    `eps` is added to the union and to the hull: 1e-6 in the DAB line of the family, 0 in DETR's. torchvision's has
+    another eps and pairs only flat lists.
+    """
+    a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
+    inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - inter + eps
+    hull = hull + eps
+    return inter / union - (hull - union) / hull
+
+
+# ============================================================================================================ assignment
+
+@torch.no_grad()
+def match_cost(logits, boxes, targets, cfg):
+    """The cost [L, B, Q, G] of giving each target to each query; G is the batch's largest count, the rest is padding.
+
+    DETR, Eq. 1: class + L1 + GIoU. The class costs -p (softmax), or the focal loss it would change (sigmoid).
+    """
+    labels = pad_sequence([t["labels"] for t in targets], batch_first=True)                                       # [B, G]
+    wanted = pad_sequence([t["boxes"] for t in targets], batch_first=True)[None]                           # [1, B, G, 4]
+    column = labels[None, :, None].expand(*logits.shape[:3], -1)
+    if cfg.class_loss == "ce":
+        cost = -logits.softmax(-1).gather(-1, column)
+    else:
+        p = logits.gather(-1, column).sigmoid()
+        cost = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log() - (1 - ALPHA) * p ** GAMMA * -(1 - p + 1e-8).log()
+    l1 = torch.cdist(boxes, wanted.expand(len(boxes), -1, -1, -1), p=1)
+    overlap = giou(boxes[..., None, :], wanted[:, :, None], cfg.giou_eps)
+    return cfg.cost_class * cost + cfg.weight_bbox * l1 - cfg.weight_giou * overlap
+
+
+def match(stacks, cfg):
+    """The assignment of least cost, for every layer and image of every stack, with one transfer to the host.
+
+    Args:
+        stacks: list of (logits [L, B, Q, C], boxes [L, B, Q, 4], targets); a stack's targets are a list of B dicts with
+            labels [G] and boxes [G, 4], and may differ from another stack's in their labels only.
+
+    Returns, per stack, four index tensors [K]: layer, image, query, and target within its image. With more targets
+    than queries, the Q cheapest to serve are assigned. Raises ValueError on costs that are not finite.
+    """
+    costs = [match_cost(logits, boxes, t, cfg) for logits, boxes, t in stacks]
+    host = torch.cat([c.flatten() for c in costs]).cpu().numpy()                          # the step's one transfer
+    counts = [len(t["labels"]) for t in stacks[0][2]]
+    result, start = [], 0
+    for cost in costs:
+        rows = []
+        block = host[start:start + cost.numel()].reshape(cost.shape)
+        start += cost.numel()
+        for layer in range(block.shape[0]):
+            for image, n in enumerate(counts):
+                try:
+                    query, target = linear_sum_assignment(block[layer, image, :, :n])
+                except ValueError:
+                    raise ValueError(f"the matching cost of layer {layer}, image {image} of the batch is not finite: "
+                                     "the model diverged, or a target box is not finite") from None
+                rows += [(layer, image, q, g) for q, g in zip(query.tolist(), target.tolist())]
+        index = torch.tensor(rows, dtype=torch.long, device=cost.device).view(-1, 4)
+        result.append(index.unbind(1))
+    return result
+
+
+# ============================================================================================================== the loss
+
+def class_loss(logits, index, labels, overlap, cfg, weight_sum, counted=None):
+    """Sum of the class loss per layer [L], divided by `weight_sum` for the softmax's weighted mean.
+
+    Args: logits [L, B, Q, C]; index (layer, image, query), each [K], the queries that own a target; labels [K];
+    overlap [K], their GIoU with it; counted [B, Q], the queries that count (default: all).
+    """
+    L, C = len(logits), logits.shape[-1]
+    if cfg.class_loss == "ce":                                                     # DETR: the last class is "no object"
+        wanted = torch.full(logits.shape[:3], C - 1, device=logits.device)
+        wanted[index] = labels
+        weight = torch.ones(C, device=logits.device, dtype=logits.dtype)
+        weight[-1] = cfg.no_object
+        loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
+        return loss.view(L, -1).sum(1) / weight_sum
+    wanted = torch.zeros_like(logits)
+    if cfg.class_loss == "focal":
+        wanted[(*index, labels)] = 1
+        loss = sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA)
+    else:     # VariFocal (Zhang 2021) on GIoU, as DiffuDINO's code has it: the overlap may be negative and is not clamped
+        weight = (1 - ALPHA) * logits.detach().sigmoid() ** GAMMA
+        weight[(*index, labels)] = overlap.detach()
+        wanted[(*index, labels)] = overlap.detach()
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="none")
+    if counted is not None:
+        loss = loss * counted[None, :, :, None]
+    return loss.flatten(1).sum(1)
+
+
+class Criterion:
+    """The family's set loss: call it with a model's outputs and the targets.
+
+    It returns a dict of scalars: "total", the weighted sum to minimise, and every part before weighting, by name:
+    `loss_class`, `loss_bbox` (L1 on cxcywh) and `loss_giou`, each with a suffix for whom it supervises:
+
+        (none)     the last decoder layer              _0, _1, ...        the earlier ones, first to last
+        _enc       the encoder's proposals             _dn, _dn_0, ...    the denoising queries
+    """
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+    def __call__(self, outputs, targets, step_targets=None):
+        """
+        Args:
+            outputs: the model's.
+            targets: list of B dicts with labels [G] and boxes [G, 4].
+            step_targets: the targets of the whole step, when these are one micro-batch of it: losses are divided by
+                the step's number of boxes, so that the micro-batches' losses add up to the step's.
+        """
+        cfg = self.cfg
+        counts = [len(t["labels"]) for t in step_targets or targets]
+        self.num_boxes = max(sum(counts), 1)
+        Q = outputs["logits"].shape[2]
+        owned = sum(min(n, Q) for n in counts)
+        self.weight_sum = owned + cfg.no_object * (len(counts) * Q - owned)            # of all queries' class weights
+
+        stacks = [(outputs["logits"], outputs["boxes"], targets)]
+        if "enc" in outputs:
+            enc = outputs["enc"]
+            if cfg.proposal_labels == "binary":
+                targets = [t | {"labels": torch.zeros_like(t["labels"])} for t in targets]
+            stacks.append((enc["logits"][None], enc["boxes"][None], targets))
+
+        losses = {}
+        for kind, (logits, boxes, wanted), index in zip(("", "_enc"), stacks, match(stacks, cfg)):
+            self.supervise(losses, kind, logits, boxes, wanted, index)
+        if "dn" in outputs:
+            self.denoise(losses, stacks[0][2], **outputs["dn"])
+        losses["total"] = sum(self.weight(name) * value for name, value in losses.items())
+        return losses
+
+    def supervise(self, losses, kind, logits, boxes, targets, index, groups=1, counted=None):
+        """Add the three losses of every layer, given who owns what (index: layer, image, query, target, each [K])."""
+        index, target = tuple(index[:3]), index[3]
+        offset = torch.tensor([0] + [len(t["labels"]) for t in targets], device=target.device).cumsum(0)
+        target = offset[index[1]] + target
+        labels, wanted = torch.cat([t["labels"] for t in targets])[target], torch.cat([t["boxes"] for t in targets])[target]
+        own = boxes[index]                                                                                      # [K, 4]
+        overlap = giou(own, wanted, self.cfg.giou_eps)
+        zero = boxes.new_zeros(len(boxes))
+        parts = {
+            "class": class_loss(logits, index, labels, overlap, self.cfg, self.weight_sum, counted),
+            "bbox": zero.index_add(0, index[0], (own - wanted).abs().sum(-1)),
+            "giou": zero.index_add(0, index[0], 1 - overlap),
+        }
+        for name, loss in parts.items():                                                                     # each [L]
+            if name != "class" or self.cfg.class_loss != "ce":            # the softmax's mean was taken in class_loss
+                loss = loss / (self.num_boxes * groups)
+            for layer, value in enumerate(loss):
+                suffix = "" if layer == len(loss) - 1 else f"_{layer}"
+                losses[f"loss_{name}{kind}{suffix}"] = value
+
+    def denoise(self, losses, targets, logits, boxes, queries):
+        """Denoising queries know their targets: nothing is matched. logits [L, B, P, C], boxes [L, B, P, 4]."""
+        L, K = len(logits), len(queries.pairs[0])
+        layer = torch.arange(L, device=logits.device).repeat_interleave(K)
+        index = (layer, *(i.repeat(L) for i in queries.pairs))
+        # DN supervises only the slots in use; in CDN every other slot must learn to say "no object".
+        counted = None if queries.contrastive else queries.used
+        self.supervise(losses, "_dn", logits, boxes, targets, index, queries.groups, counted)
+
+    def weight(self, name):
+        """The weight of a part in the total."""
+        if name.startswith("loss_class"):
+            return self.cfg.weight_class_dn if "_dn" in name else self.cfg.weight_class
+        return self.cfg.weight_bbox if name.startswith("loss_bbox") else self.cfg.weight_giou

@@ -1,0 +1,1549 @@
+"""Every test of minDETR: `python test_all.py`, `python test_all.py -k word`, or `pytest test_all.py`.
+
+In the order of the house: variants, msda, matcher, diffusion, model, published weights, data, eval, train. A test's
+name begins with what it tests. They need no network, no GPU and no data; what published code computed is here as
+numbers, for weights that are made from their names.
+"""
+import argparse
+import collections
+import contextlib
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import unittest
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import nn
+from torchvision.ops import box_convert, box_iou
+from torchvision.transforms import functional as TF
+
+import data
+import diffusion
+import eval as evaluation
+import matcher
+import model
+import msda
+import train
+import variants
+import weights
+
+HERE = Path(__file__).parent
+
+
+# ================================================================================================== variants.py
+
+SMALL = variants.SMALL | dict(backbone_norm="batch", num_classes=5, num_queries=20, decoder_layers=2, encoder_layers=1)
+TRAINED = [name for name in variants.VARIANTS if name != "detr_dc5"]       # dilation needs a bottleneck backbone
+
+
+def small(name, **overrides):
+    """A small model of a variant, with weights that depend on the seed alone."""
+    torch.manual_seed(0)
+    return model.build_model(name, **SMALL | overrides)
+
+
+def batch(counts=(3, 1), size=96, seed=0):
+    """Two (or more) random photos of different size, padded, with so many boxes each."""
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(len(counts), 3, size, size, generator=g)
+    mask = torch.zeros(len(counts), size, size, dtype=torch.bool)
+    mask[1:, size * 3 // 4:] = True
+    mask[1:, :, size * 2 // 3:] = True
+    images[mask[:, None].expand_as(images)] = 0
+    targets = []
+    for n in counts:
+        wh = torch.rand(n, 2, generator=g) * 0.3 + 0.1
+        centre = torch.rand(n, 2, generator=g) * (1 - wh) + wh / 2
+        targets.append({"labels": torch.randint(0, 5, (n,), generator=g), "boxes": torch.cat([centre, wh], 1)})
+    return images, mask, targets
+
+
+def error_of(function, *args, kind=Exception, **kwargs):
+    """The message of the error that a call raises; fails when it raises none, or another kind."""
+    try:
+        function(*args, **kwargs)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{function.__name__} raised nothing")
+
+
+def test_variants_parameters_are_the_published_counts():
+    """SPEC: the numbers to be recognised by. To the last parameter where the papers' code gives it exactly."""
+    published = {"detr": 41_524_768, "detr_dc5": 41_524_768, "deformable": 40_069_665, "deformable_single": 34_066_593,
+                 "deformable_refine": 40_849_660, "deformable_two_stage": 41_181_529, "dn": 47_429_154,
+                 "dino": 46_893_182}
+    for name, count in published.items():
+        with torch.device("meta"):
+            built = model.build_model(name)
+        assert sum(p.numel() for p in built.parameters()) == count, name
+
+
+def test_variants_contradictions_say_what_to_write():
+    for changes, word in [(dict(attention="deformabel"), "choose one of"), (dict(levels=4), "levels=1"),
+                          (dict(two_stage=True), "attention=deformable"), (dict(heads=7), "heads"),
+                          (dict(evaluations=101), "timesteps"), (dict(evaluations=0), "at least 1"),
+                          (dict(signal_scale=0.0), "above 0"), (dict(querys=3), "unknown field"),
+                          (dict(dilation=True, backbone="resnet18"), "bottleneck"), (dict(levels=2), "levels")]:
+        assert word in error_of(variants.detr.but, kind=variants.ConfigError, **changes), changes
+    assert "refine" in error_of(variants.deformable.but, two_stage=True, kind=variants.ConfigError)
+    assert "diffu" in error_of(variants.variant, "detrr", kind=variants.ConfigError)
+
+
+def test_variants_every_field_is_read_and_explained():
+    """A field that nothing reads is a defect, and so is one that --help does not explain."""
+    code = "".join((HERE / f).read_text() for f in ("model.py", "matcher.py", "diffusion.py", "eval.py"))
+    for f in fields(variants.Config):
+        assert f.metadata["help"], f.name
+        assert f"cfg.{f.name}" in code, f.name
+    loop = (HERE / "train.py").read_text() + (HERE / "weights.py").read_text()
+    for f in fields(variants.Recipe):
+        assert f"recipe.{f.name}" in loop, f.name
+
+
+# ====================================================================================================== msda.py
+
+def msda_inputs(seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(5, 7), (3, 4), (1, 2)]
+    value = torch.randn(2, 49, 3, 4, generator=g, dtype=dtype)
+    locations = torch.rand(2, 6, 3, 3, 2, 2, generator=g, dtype=dtype) * 1.6 - 0.3         # a third lies outside
+    weights_ = torch.rand(2, 6, 3, 3, 2, generator=g, dtype=dtype)
+    return value, shapes, locations, weights_
+
+
+def msda_by_hand(value, shapes, locations, weights_):
+    """Equation 3 of Zhu et al. 2021, one point at a time."""
+    B, _, M, D = value.shape
+    _, Q, _, L, P, _ = locations.shape
+    out = torch.zeros(B, Q, M, D, dtype=value.dtype)
+    for b, q, m, l, p in itertools.product(*map(range, (B, Q, M, L, P))):
+        h, w = shapes[l]
+        start = sum(a * c for a, c in shapes[:l])
+        x, y = (locations[b, q, m, l, p] * torch.tensor([w, h]) - 0.5).tolist()
+        for cy, cx in itertools.product((math.floor(y), math.floor(y) + 1), (math.floor(x), math.floor(x) + 1)):
+            if 0 <= cy < h and 0 <= cx < w:
+                scale = (1 - abs(y - cy)) * (1 - abs(x - cx)) * weights_[b, q, m, l, p]
+                out[b, q, m] += scale * value[b, start + cy * w + cx, m]
+    return out.flatten(2)
+
+
+def test_msda_equals_its_definition():
+    args = msda_inputs()
+    assert torch.allclose(msda.msda(*args), msda_by_hand(*args), atol=1e-12)
+
+
+def test_msda_gradients_are_autograds():
+    value, shapes, locations, weights_ = msda_inputs()
+    value, locations, weights_ = (t[:, :4] if t is not value else t for t in (value, locations, weights_))
+    args = [t.clone().requires_grad_() for t in (value, locations, weights_)]
+    assert torch.autograd.gradcheck(lambda v, x, w: msda.msda(v, shapes, x, w), args)
+
+
+def test_msda_wrong_arguments_are_named():
+    value, shapes, locations, weights_ = msda_inputs()
+    for args, word in [((value[:, 1:], shapes, locations, weights_), "S = 49"),
+                       ((value, shapes[:2], locations, weights_), "value"),
+                       ((value, shapes, locations[..., :1], weights_), "locations"),
+                       ((value, shapes, locations, weights_[:, 1:]), "weights")]:
+        assert word in error_of(msda.msda, *args, kind=ValueError)
+
+
+def test_msda_layer_starts_by_looking_around():
+    """At initialisation head m looks in direction 2 pi m / M, point k at k + 1 cells, whatever the query."""
+    layer = msda.MSDeformAttn(32, levels=2, heads=8, points=4)
+    offset = layer.sampling_offsets(torch.randn(1, 3, 32)).view(3, 8, 2, 4, 2)
+    assert torch.allclose(offset[:, 0, :, 2], torch.tensor([3.0, 0.0]), atol=1e-5)
+    assert torch.allclose(offset[:, 3, :, 1], torch.tensor([-2.0, 2.0]), atol=1e-5)
+    assert layer.attention_weights(torch.randn(3, 32)).abs().max() == 0
+
+
+def test_msda_padding_is_never_read():
+    layer = msda.MSDeformAttn(32, levels=1, heads=4, points=2)
+    mask = torch.zeros(1, 12, dtype=torch.bool)
+    mask[:, 8:] = True
+    a = torch.randn(1, 12, 32)
+    b = a.clone()
+    b[:, 8:] = 99.0
+    reference = torch.rand(1, 5, 1, 4)
+    q = torch.randn(1, 5, 32)
+    assert torch.equal(layer(q, reference, layer.project(a, mask), [(3, 4)]),
+                       layer(q, reference, layer.project(b, mask), [(3, 4)]))
+
+
+# =================================================================================================== matcher.py
+
+def predictions(L=3, counts=(3, 1), Q=7, C=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    boxes = torch.rand(L, len(counts), Q, 4, generator=g, dtype=torch.float64) * 0.4 + 0.2
+    return torch.randn(L, len(counts), Q, C, generator=g, dtype=torch.float64), boxes
+
+
+def test_matcher_giou_equals_torchvision():
+    _, boxes = predictions()
+    a, b = boxes[0, 0], boxes[1, 1]
+    xyxy = torchvision.ops.box_convert
+    want = torchvision.ops.generalized_box_iou(xyxy(a, "cxcywh", "xyxy"), xyxy(b, "cxcywh", "xyxy"))
+    assert torch.allclose(matcher.giou(a[:, None], b), want, atol=1e-12)
+
+
+def test_matcher_finds_the_cheapest_assignment():
+    """Against every permutation, written from the paper's formula, for both kinds of cost."""
+    for name in ("detr", "dino"):
+        cfg = variants.VARIANTS[name].but(num_classes=5, num_queries=4)
+        logits, boxes = predictions(Q=4, C=cfg.logits)
+        targets = [{k: v.double() if k == "boxes" else v for k, v in t.items()} for t in batch()[2]]
+        (index,) = matcher.match([(logits, boxes, targets)], cfg)
+        index = list(zip(*(i.tolist() for i in index)))
+        for layer, image in itertools.product(range(3), range(2)):
+            t = targets[image]
+            cost = torch.zeros(4, len(t["labels"]), dtype=torch.float64)
+            for q, g in itertools.product(range(4), range(len(t["labels"]))):
+                x, box = logits[layer, image, q], boxes[layer, image, q]
+                if cfg.class_loss == "ce":
+                    c = -x.softmax(-1)[t["labels"][g]]
+                else:
+                    p = x.sigmoid()[t["labels"][g]]
+                    c = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
+                cost[q, g] = cfg.cost_class * c + 5 * (box - t["boxes"][g]).abs().sum() \
+                    - 2 * matcher.giou(box, t["boxes"][g], cfg.giou_eps)
+            n = len(t["labels"])
+            best = min(sum(cost[q, g] for g, q in enumerate(p)) for p in itertools.permutations(range(4), n))
+            got = [(q, g) for l, b, q, g in index if (l, b) == (layer, image)]
+            assert sorted(g for _, g in got) == list(range(n))
+            assert abs(sum(cost[q, g] for q, g in got) - best) < 1e-12
+
+
+def test_matcher_one_transfer_to_the_host():
+    """All layers, all images and the encoder's proposals come over in one go."""
+    built = small("deformable_two_stage")
+    images, mask, targets = batch()
+    outputs = built(images, mask)
+    calls = []
+    original = torch.Tensor.cpu
+    with mock.patch.object(torch.Tensor, "cpu", lambda t, *a: calls.append(1) or original(t, *a)):
+        matcher.Criterion(built.cfg)(outputs, targets)
+    assert len(calls) == 1
+
+
+def test_matcher_no_boxes_and_more_boxes_than_queries():
+    for name in TRAINED:
+        built = small(name)
+        for counts in ((0, 2), (0, 0), (30, 25)):                                               # 20 queries
+            images, mask, targets = batch(counts)
+            losses = matcher.Criterion(built.cfg)(built(images, mask, targets), targets)
+            losses["total"].backward()
+            assert all(torch.isfinite(v) for v in losses.values()), (name, counts)
+            # Every parameter takes part whatever the targets, or processes would wait for each other's gradients.
+            assert not [n for n, p in built.named_parameters() if p.grad is None], (name, counts)
+            built.zero_grad()
+
+
+def test_matcher_micro_batches_add_up_to_the_step():
+    """A step of two micro-batches has the loss and gradients of one batch (no denoising, whose groups depend on it)."""
+    for name in ("detr", "deformable_two_stage"):
+        built = small(name, backbone_norm="frozen").double()
+        images, mask, targets = batch((3, 1))
+        images = images.double()
+        targets = [t | {"boxes": t["boxes"].double()} for t in targets]
+        criterion = matcher.Criterion(built.cfg)
+        whole = criterion(built(images, mask), targets)["total"]
+        parts = sum(criterion(built(images[i:i + 1], mask[i:i + 1]), targets[i:i + 1], step_targets=targets)["total"]
+                    for i in range(2))
+        assert abs(whole - parts) < 1e-9 * abs(whole), name
+
+
+def test_matcher_a_diverged_model_is_told_apart():
+    logits, boxes = predictions()
+    logits[1, 0, 2] = float("nan")
+    assert "layer 1, image 0" in error_of(matcher.match, [(logits, boxes, [
+        {"labels": t["labels"], "boxes": t["boxes"].double()} for t in batch()[2]])], variants.dino, kind=ValueError)
+
+
+# ================================================================================================= diffusion.py
+
+def test_denoising_groups_hold_what_they_should():
+    """DN: a group is every target once, in order. CDN: near copies first, then as many far ones."""
+    _, _, targets = batch((3, 1))
+    for name, per_group in (("dn", 3), ("dino", 6)):
+        cfg = variants.VARIANTS[name].but(num_classes=5, num_queries=7, dn_queries=6, dn_groups=2, label_noise=0.0)
+        d = diffusion.denoising_queries(targets, cfg)
+        assert d.groups == 2 and d.labels.shape == (2, 2 * per_group)
+        image, slot, target = d.pairs
+        assert len(slot) == 2 * 4
+        for b, s, g in zip(image.tolist(), slot.tolist(), target.tolist()):
+            assert s % per_group == g                                             # positives are a group's first slots
+            assert d.labels[b, s] == targets[b]["labels"][g]
+        assert d.used.sum().item() == 8 * (2 if name == "dino" else 1)
+        assert (d.boxes[~d.used] == 0.5).all()
+
+
+def test_denoising_noise_stays_in_its_range():
+    """DN moves centres by at most 0.4 of half the size; DINO's positives stay inside, negatives lie outside one half."""
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.1]]).repeat(4000, 1)
+    moved = diffusion.move_centre_and_size(boxes, 0.4)
+    reach = torch.tensor([0.1, 0.05, 0.2, 0.1]) * 0.4
+    shift = (moved - boxes).abs() / reach
+    assert shift.max() <= 1 + 1e-5 and shift.mean().sub(0.5).abs() < 0.02
+    for negative in (False, True):
+        moved = diffusion.move_corners(boxes, torch.full((4000,), negative), 1.0)
+        corner = torch.cat([moved[:, :2] - moved[:, 2:] / 2, moved[:, :2] + moved[:, 2:] / 2], 1)
+        part = (corner - torch.tensor([0.4, 0.45, 0.6, 0.55])).abs() / torch.tensor([0.1, 0.05, 0.1, 0.05])
+        assert part.min() >= negative - 1e-4 and part.max() <= 1 + negative + 1e-4, negative
+        assert abs(part.mean() - 0.5 - float(negative)) < 0.02
+
+
+def test_denoising_label_noise_has_its_share():
+    targets = [{"labels": torch.zeros(2000, dtype=torch.long), "boxes": torch.rand(2000, 4)}]
+    cfg = variants.dn.but(num_classes=5, label_noise=0.5, dn_groups=1)
+    d = diffusion.denoising_queries(targets, cfg, torch.Generator().manual_seed(0))
+    assert abs((d.labels != 0).float().mean().item() - 0.5 * 4 / 5) < 0.03          # a random class may be the true one
+
+
+def test_denoising_never_leaks():
+    """Changing the targets, and so the denoising queries, never changes a matching query's output."""
+    for name in ("dn", "dino"):
+        built = small(name, backbone_norm="frozen")
+        images, mask, targets = batch((3, 2))
+        other = batch((3, 2), seed=1)[2]
+        with torch.no_grad():
+            a, b = (built(images, mask, t)["logits"] for t in (targets, other))
+            assert torch.allclose(a, b, atol=1e-6), name
+            built.eval()
+            assert torch.allclose(a, built(images, mask)["logits"], atol=1e-5), name
+
+
+def test_denoising_groups_do_not_see_each_other():
+    blocked = diffusion.group_mask(groups=3, group_size=2, num_queries=4)
+    want = torch.zeros(10, 10, dtype=torch.bool)
+    for i, j in itertools.product(range(10), range(10)):
+        if i < 6 and j < 6:
+            want[i, j] = i // 2 != j // 2
+        elif j < 6:
+            want[i, j] = True
+    assert torch.equal(blocked, want)
+
+
+def test_diffusion_cosine_schedule_is_the_published_one():
+    rates = diffusion.signal_rates("cosine", 100)
+    assert abs(rates[0] - 0.99937) < 1e-5 and abs(rates[99] / 2.43e-7 - 1) < 1e-2
+    assert abs(diffusion.signal_rates("linear", 100)[99] - 0.485) < 1e-3
+    assert (rates[1:] < rates[:-1]).all()
+
+
+def test_diffusion_forward_noise_has_the_right_mean_and_variance():
+    """x_t = sqrt(a) x_0 + sqrt(1 - a) noise, at several t, measured where nothing is clamped."""
+    cfg = variants.diffu.but(num_queries=4000, signal_scale=2.0)
+    box = torch.tensor([[0.5, 0.5, 0.45, 0.55]], dtype=torch.float64)
+    targets = [{"labels": torch.zeros(4000, dtype=torch.long), "boxes": box.repeat(4000, 1)}]
+    for t in (0, 20, 40):
+        with mock.patch.object(diffusion.torch, "randint", lambda *a, **k: torch.tensor([t])):
+            references, got = diffusion.noised_references(targets, cfg, torch.Generator().manual_seed(t))
+        assert got.tolist() == [t] and references.shape == (1, 4000, 4)
+        x = diffusion.to_signal(references[0], 2.0)
+        rate = diffusion.signal_rates("cosine", 100)[t]
+        assert (x.mean(0) - rate.sqrt() * diffusion.to_signal(box[0], 2.0)).abs().max() < 0.04
+        assert (x.std(0) / (1 - rate).sqrt() - 1).abs().max() < 0.05
+
+
+def test_diffusion_fewer_and_more_targets_than_queries():
+    cfg = variants.diffu.but(num_queries=8)
+    for n in (0, 8, 20):
+        targets = [{"labels": torch.zeros(n, dtype=torch.long), "boxes": torch.rand(n, 4)}]
+        references, _ = diffusion.noised_references(targets, cfg)
+        assert references.shape == (1, 8, 4) and references.min() >= 0 and references.max() <= 1
+
+
+def test_diffusion_an_oracle_decoder_gives_the_true_boxes():
+    """If every evaluation predicts the truth, DDIM ends there: any S, schedule and scale, with or without renewal."""
+    truth = torch.rand(2, 6, 4, dtype=torch.float64) * 0.6 + 0.2
+
+    def oracle(reference, t):
+        return torch.full((1, 2, 6, 3), 9.0, dtype=torch.float64), truth[None]
+
+    for S, schedule, scale in itertools.product((1, 3, 10), ("cosine", "linear", "sqrt"), (1.0, 2.0)):
+        cfg = variants.diffu.but(num_queries=6, evaluations=S, schedule=schedule, signal_scale=scale)
+        seen = []
+        with mock.patch.object(diffusion, "ddim_step",
+                               lambda *a, step=diffusion.ddim_step: seen.append(step(*a)) or seen[-1]):
+            (_, boxes), _ = diffusion.sample(oracle, 2, cfg, "cpu", torch.float64)
+        assert torch.equal(boxes[-1], truth)
+        # The last state is the truth, noised to t = 0 and no further.
+        rate = diffusion.signal_rates(schedule, 100)[0]
+        noise = (seen[-1] - rate.sqrt() * diffusion.to_signal(truth, scale)) / (1 - rate).sqrt()
+        assert noise.abs().max() < 12 and len(seen) == S
+
+
+def test_diffusion_ddim_recovers_the_noise_it_was_given():
+    """Noise a box to t, predict it perfectly, step to t': the state is the same box and noise at t'."""
+    rates = diffusion.signal_rates("cosine", 100)
+    x0, noise = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    for t, t_next in diffusion.times(100, 4):
+        x = rates[t].sqrt() * x0 + (1 - rates[t]).sqrt() * noise
+        want = rates[t_next].sqrt() * x0 + (1 - rates[t_next]).sqrt() * noise
+        got = diffusion.ddim_step(x, x0, rates[t], rates[t_next], 0.0, torch.zeros_like(x))
+        assert torch.allclose(got, want, atol=1e-9)
+
+
+def test_diffusion_visits_the_published_times():
+    assert diffusion.times(100, 3) == [(99, 66), (66, 33), (33, 0)]
+    assert diffusion.times(100, 1) == [(99, 0)]
+
+
+def test_diffusion_is_repeatable_and_independent_of_the_batch():
+    for name in ("diffu", "diffu_dino"):
+        built = small(name).eval()
+        images, mask, _ = batch()
+        with torch.no_grad():
+            a, b = built(images, mask), built(images, mask)
+            assert torch.equal(a["boxes"], b["boxes"])
+            first = built(images[:1], mask[:1])
+            assert torch.allclose(first["boxes"], a["boxes"][:, :1], atol=1e-5)
+            other = built(images[:1], mask[:1], generator=[torch.Generator().manual_seed(5)])
+            assert not torch.allclose(other["boxes"], first["boxes"], atol=1e-3)
+
+
+def test_diffusion_backbone_and_encoder_run_once():
+    built = small("diffu", evaluations=4).eval()
+    calls = collections.Counter()
+    for part, name in ((built.backbone, "backbone"), (built.encoder[0], "encoder"), (built.decoder[0], "decoder")):
+        part.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    with torch.no_grad():
+        outputs = built(*batch()[:2])
+    assert calls == {"backbone": 1, "encoder": 1, "decoder": 4}
+    assert outputs["evaluations"]["boxes"].shape == (4, 2, 20, 4)
+
+
+# ===================================================================================================== model.py
+
+def test_model_outputs_have_their_shapes_and_every_parameter_learns():
+    for name in TRAINED:
+        built = small(name)
+        images, mask, targets = batch()
+        outputs = built(images, mask, targets)
+        C = built.cfg.logits
+        assert outputs["logits"].shape == (2, 2, 20, C) and outputs["boxes"].shape == (2, 2, 20, 4), name
+        assert ("enc" in outputs) == built.cfg.two_stage and ("dn" in outputs) == (built.cfg.denoising != "none"), name
+        losses = matcher.Criterion(built.cfg)(outputs, targets)
+        losses["total"].backward()
+        assert not [n for n, p in built.named_parameters() if p.grad is None], name
+        layers = {n.replace("loss_class", "") for n in losses if n.startswith("loss_class")}
+        assert layers == {"", "_0"} | ({"_enc"} if "enc" in outputs else set()) \
+            | ({"_dn", "_dn_0"} if "dn" in outputs else set()), name
+
+
+def test_model_an_image_does_not_depend_on_its_batch():
+    """The second photo alone gives what it gives beside a larger one, padding and all."""
+    for name in TRAINED:
+        built = small(name).eval()
+        images, mask, _ = batch()
+        with torch.no_grad():
+            both, alone = built(images, mask), built(images[1:], mask[1:])
+        assert torch.allclose(both["boxes"][:, 1], alone["boxes"][:, 0], atol=1e-4), name
+
+
+def test_model_double_works_everywhere():
+    for name in TRAINED:
+        built = small(name).double()
+        images, mask, targets = batch()
+        targets = [t | {"boxes": t["boxes"].double()} for t in targets]
+        for mode in (built.train(), built.eval()):
+            outputs = mode(images.double(), mask, targets)
+            assert outputs["logits"].dtype == outputs["boxes"].dtype == torch.float64, name
+
+
+def test_model_boxes_stay_float32_under_autocast():
+    for name in TRAINED:
+        built = small(name)
+        images, mask, targets = batch()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = built(images, mask, targets)
+        assert outputs["boxes"].dtype == outputs["logits"].dtype == torch.float32, name
+        matcher.Criterion(built.cfg)(outputs, targets)["total"].backward()
+
+
+def test_model_ideas_combine():
+    """Combinations that no paper tried build, train and detect."""
+    images, mask, targets = batch()
+    for name, changes in [("deformable_refine", dict(look_forward_twice=True)), ("dn", dict(decoder_norm=True)),
+                          ("deformable", dict(levels=5)), ("diffu", dict(denoising="cdn", look_forward_twice=True)),
+                          ("dino", dict(content="memory")), ("diffu", dict(time="scale_shift", content="memory")),
+                          ("dn", dict(queries="noise")), ("dino", dict(class_loss="vfl", denoising="dn"))]:
+        built = small(name, **changes)
+        losses = matcher.Criterion(built.cfg)(built(images, mask, targets), targets)
+        losses["total"].backward()
+        assert torch.isfinite(losses["total"]), (name, changes)
+        with torch.no_grad():
+            assert built.eval()(images, mask)["boxes"].shape[-1] == 4
+
+
+def test_model_wrong_use_is_said():
+    images, mask, _ = batch()
+    assert "targets" in error_of(small("dn"), images, mask, kind=ValueError)
+    assert "mask" in error_of(small("detr"), images, mask[:, 1:], kind=ValueError)
+    assert "num_queries" in error_of(small("dino", num_queries=500), images, mask, [], kind=ValueError)
+
+
+# ============================================================================================================== data.py
+
+# The published resize, as facts: rows w, h, short side, h out, w out. Positive: long side to 1333; negative: no cap.
+_SIZES = """640 480 800 800 1066,640 480 480 480 640,640 480 608 608 810,640 480 736 736 981,480 640 800 1066 800,
+480 640 480 640 480,480 640 608 810 608,480 640 736 981 736,640 426 800 800 1201,640 426 480 480 721,
+640 426 608 608 913,640 426 736 736 1105,426 640 800 1201 800,426 640 480 721 480,426 640 608 913 608,
+426 640 736 1105 736,640 640 800 800 800,640 640 480 480 480,640 640 608 608 608,640 640 736 736 736,
+500 375 800 800 1066,500 375 480 480 640,500 375 608 608 810,500 375 736 736 981,640 427 800 800 1199,
+640 427 480 480 719,640 427 608 608 911,640 427 736 736 1103,640 361 800 752 1333,640 361 480 480 850,
+640 361 608 608 1077,640 361 736 736 1304,1333 800 800 800 1333,1333 800 480 480 799,1333 800 608 608 1013,
+1333 800 736 736 1226,800 1333 800 1333 800,800 1333 480 799 480,800 1333 608 1013 608,800 1333 736 1226 736,
+2000 600 800 400 1333,2000 600 480 400 1333,2000 600 608 400 1333,2000 600 736 400 1333,640 200 800 417 1334,
+640 200 480 417 1334,640 200 608 417 1334,640 200 736 417 1334,200 640 800 1334 417,200 640 480 1334 417,
+200 640 608 1334 417,200 640 736 1334 417,1334 800 800 799 1332,1334 800 480 480 800,1334 800 608 608 1013,
+1334 800 736 736 1227,333 500 800 1201 800,333 500 480 720 480,333 500 608 912 608,333 500 736 1105 736,
+512 512 800 800 800,512 512 480 480 480,512 512 608 608 608,512 512 736 736 736,800 800 800 800 800,
+800 800 480 480 480,800 800 608 608 608,800 800 736 736 736,1024 683 800 800 1199,1024 683 480 480 719,
+1024 683 608 608 911,1024 683 736 736 1103,300 900 800 1332 444,300 900 480 1332 444,300 900 608 1332 444,
+300 900 736 1332 444,640 384 800 800 1333,640 384 480 480 800,640 384 608 608 1013,640 384 736 736 1226,
+640 480 -400 400 533,640 480 -500 500 666,640 480 -600 600 800,640 426 -400 400 600,640 426 -500 500 751,
+640 426 -600 600 901,427 640 -400 599 400,427 640 -500 749 500,427 640 -600 899 600"""
+
+
+# ---- helpers: a tiny folder in COCO's layout, and what a bad one must answer
+
+@contextlib.contextmanager
+def _coco_folder(photos=3, edit=None, text=None):
+    """Root of a folder with `photos` 60x40 pictures and one box each; edit(coco, train folder) may spoil it."""
+    with tempfile.TemporaryDirectory() as root:
+        folder = os.path.join(root, "train2017")
+        os.makedirs(folder), os.makedirs(os.path.join(root, "annotations"))
+        coco = dict(categories=[dict(id=7, name="cat"), dict(id=3, name="dog")],
+                    images=[dict(id=10 + i, file_name=f"{i}.png", width=60, height=40) for i in range(photos)],
+                    annotations=[dict(id=1 + i, image_id=10 + i, category_id=(7, 3)[i % 2], bbox=[10, 10, 20, 10],
+                                      area=200, iscrowd=0) for i in range(photos)])
+        for i in range(photos):
+            Image.new("RGB", (60, 40), (40 * i, 90, 200)).save(os.path.join(folder, f"{i}.png"))
+        if edit:
+            edit(coco, folder)
+        with open(os.path.join(root, "annotations", "instances_train2017.json"), "w") as file:
+            file.write(json.dumps(coco) if text is None else text)
+        yield root
+
+
+def _refused(make, *words):
+    """make() must raise (or return) a DataError whose message holds all the words."""
+    try:
+        answer = make()
+    except data.DataError as error:
+        answer = error
+    assert isinstance(answer, data.DataError), f"accepted: {answer!r}"
+    missing = [word for word in words if word.lower() not in str(answer).lower()]
+    assert not missing, f"{missing} not in: {answer}"
+
+
+def _refused_folder(edit, *words, text=None):
+    with _coco_folder(edit=edit, text=text) as root:
+        _refused(lambda: data.CocoFolder(root), "instances_train2017.json" if text is not None else "", *words)
+
+
+# ---- photos
+
+def test_data_photo_modes():
+    """Every mode of picture becomes the RGB that a viewer shows."""
+    ramp = np.arange(256, dtype=np.uint8)[None].repeat(8, 0)
+    gray = Image.fromarray(ramp)
+    expected = np.repeat(ramp[..., None], 3, 2).astype(int)
+    palette = gray.convert("P")
+    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
+    ints = Image.fromarray(ramp.astype(np.int32) * 257)
+    long = Image.fromarray(ramp.astype(np.int32) * 257 * 1000)           # more than 16 bits: scaled to its own range
+    floats = Image.fromarray(ramp.astype(np.float32) / 255)
+    cases = {"L.png": gray, "RGB.png": gray.convert("RGB"), "P.png": palette, "16.png": deep, "16.tiff": deep,
+             "I.tiff": ints, "I32.tiff": long, "F.tiff": floats, "LA.png": gray.convert("LA"),
+             "RGBA.png": gray.convert("RGBA"), "CMYK.tiff": gray.convert("RGB").convert("CMYK"),
+             "1.png": gray.convert("1")}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, image in cases.items():
+            path = os.path.join(folder, name)
+            image.save(path)
+            photo = data.read_photo(path)
+            assert photo.mode == "RGB" and photo.size == (256, 8), name
+            if name != "1.png":
+                worst = np.abs(np.asarray(photo).astype(int) - expected).max()
+                assert worst <= 1, f"{name}: off by {worst}"
+        # transparent pixels show the white page, not the colour that is hidden under them
+        clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+        clear.putpixel((0, 0), (0, 0, 255, 255))
+        clear.save(os.path.join(folder, "clear.png"))
+        hidden = Image.new("P", (4, 4), 0)
+        hidden.putpalette([255, 0, 0, 0, 0, 255])
+        hidden.putpixel((0, 0), 1)
+        hidden.save(os.path.join(folder, "hidden.png"), transparency=0)
+        for name in ("clear.png", "hidden.png"):
+            photo = data.read_photo(os.path.join(folder, name))
+            assert photo.getpixel((3, 3)) == (255, 255, 255) and photo.getpixel((0, 0)) == (0, 0, 255), name
+
+
+def test_data_photo_exif():
+    """All eight orientations show the same upright picture; annotations of the stored pixels get the stored pixels."""
+    upright = Image.new("RGB", (48, 32), "white")
+    upright.paste("red", (0, 0, 16, 16))                                       # top left
+    upright.paste("blue", (32, 0, 48, 16))                                     # top right
+    turns = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+             6: Image.ROTATE_90, 7: Image.TRANSVERSE, 8: Image.ROTATE_270}     # how the camera stored it
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "photo.jpg")
+        for orientation, turn in turns.items():
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            (upright if turn is None else upright.transpose(turn)).save(path, exif=exif, quality=95)
+            photo = data.read_photo(path)
+            (r, _, b), (r2, _, b2) = photo.getpixel((4, 4)), photo.getpixel((44, 4))
+            assert photo.size == (48, 32) and r > 200 > b and b2 > 200 > r2, f"orientation {orientation}"
+            if orientation >= 5:
+                assert data.read_photo(path, (48, 32)).size == (48, 32)
+                assert data.read_photo(path, (32, 48)).size == (32, 48), f"stored pixels, orientation {orientation}"
+
+
+def test_data_photo_bad():
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "bad.jpg")
+        _refused(lambda: data.read_photo(path), "bad.jpg")
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
+            Image.fromarray(noise).save(path, kind)
+            with open(path, "rb") as file:
+                content = file.read()
+            for kept in (0, 3, 40, len(content) // 2):
+                with open(path, "wb") as file:
+                    file.write(content[:kept])
+                _refused(lambda: data.read_photo(path), "bad.jpg")
+        with open(path, "w") as file:
+            file.write("<html>404 not found</html>")
+        _refused(lambda: data.read_photo(path), "bad.jpg")
+        _refused(lambda: data.read_photo(folder), folder)
+
+
+def test_data_normalise_and_back():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8))
+    tensor = data.to_tensor(image)
+    theirs = TF.normalize(TF.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert torch.equal(tensor, theirs) and tensor.is_contiguous()
+    assert np.array_equal(np.asarray(data.to_pil(tensor)), np.asarray(image))
+
+
+# ---- transforms
+
+def test_data_resize_rule():
+    """The published rounding on 89 sizes."""
+    rows = [list(map(int, row.split())) for row in _SIZES.split(",")]
+    assert len(rows) == 89
+    for w, h, size, out_h, out_w in rows:
+        assert data.resized(w, h, abs(size), 1333 if size > 0 else None) == (out_h, out_w), (w, h, size)
+    assert min(data.resized(20000, 1, 800, 1333)) >= 1
+
+
+def test_data_eval_transform():
+    """PIL's antialiased bilinear; boxes scaled by the true ratios; an image of the right size untouched."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (426, 640, 3), dtype=np.uint8))
+    boxes = np.float32([[10, 20, 110, 220], [300, 100, 640, 426]])
+    out, moved, labels = data.eval_transform(200, 1333)(image, boxes, np.array([1, 2]), None)
+    assert out.size == (300, 200) and labels.tolist() == [1, 2]
+    assert np.array_equal(np.asarray(out), np.asarray(image.resize((300, 200), Image.BILINEAR)))
+    assert np.allclose(moved, boxes * np.tile([300 / 640, 200 / 426], 2))
+    same, _, _ = data.eval_transform(426, 1333)(image, boxes, labels, None)
+    assert np.array_equal(np.asarray(same), np.asarray(image))
+
+
+class _Recorder:
+    """Stands for a photo in a transform: keeps its size and what was done to it, and costs no pixels."""
+
+    def __init__(self, size, done=()):
+        self.size, self.done = size, done
+        self.width, self.height = size
+
+    def resize(self, size, filter):
+        assert filter == Image.BILINEAR
+        return _Recorder(size, self.done + (("resize", size),))
+
+    def crop(self, box):
+        return _Recorder((box[2] - box[0], box[3] - box[1]), self.done + (("crop", box),))
+
+    def transpose(self, how):
+        assert how == Image.FLIP_LEFT_RIGHT
+        return _Recorder(self.size, self.done + (("flip", None),))
+
+
+def test_data_train_recipe():
+    """The recipe as published: which sizes, which crops, how often; and the same in proportion for another size."""
+    for size, w, h in ((800, 640, 480), (800, 427, 640), (400, 640, 480)):
+        part, draws, flips, crops = size / 800, 1500, 0, 0
+        shorts, firsts, sides, touched = set(), set(), [], set()
+        for seed in range(draws):
+            image, _, _ = data.train_transform(size, 1333)(
+                _Recorder((w, h)), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), random.Random(seed))
+            done = [kind for kind, _ in image.done]
+            flips += "flip" in done
+            if "crop" in done:
+                crops += 1
+                at = done.index("crop")
+                before = image.done[at - 1][1] if at and image.done[at - 1][0] == "resize" else (w, h)
+                x1, y1, x2, y2 = image.done[at][1]
+                firsts.add(min(before))
+                assert 0 <= x1 and 0 <= y1 and x2 <= before[0] and y2 <= before[1]
+                sides.append((x2 - x1, y2 - y1))
+                for side, limit in ((x2 - x1, before[0]), (y2 - y1, before[1])):
+                    assert 384 * part <= side <= min(limit, 600 * part)
+                touched |= {"left"} if x1 == 0 else set()
+                touched |= {"bottom"} if y2 == before[1] else set()
+                crop_w, crop_h = x2 - x1, y2 - y1
+                assert any(image.size[::-1] == data.resized(crop_w, crop_h, round(s * part), 1333)
+                           for s in range(480, 801, 32))
+            else:
+                shorts.add(min(image.size))
+        assert shorts == {round(s * part) for s in range(480, 801, 32)}
+        assert firsts == {round(s * part) for s in (400, 500, 600)}
+        assert abs(flips / draws - 0.5) < 0.05 and abs(crops / draws - 0.5) < 0.05
+        for side, short in zip(zip(*sides), (w < h, h < w)):                   # the ends of the range are drawn, too
+            assert max(side) >= 590 * part and (min(side) == 384 * part or not short and min(side) < 394 * part)
+        assert touched == {"left", "bottom"}
+
+
+def test_data_plain_flip():
+    """crop=False: flip only, one scale; flip=False too: nothing random."""
+    sizes, flips = set(), 0
+    for seed in range(300):
+        image, boxes, _ = data.train_transform(96, 160, crop=False)(
+            _Recorder((60, 40)), np.float32([[10, 0, 30, 20]]), np.array([0]), random.Random(seed))
+        sizes.add(image.size)
+        flipped = ("flip", None) in image.done
+        flips += flipped
+        assert np.allclose(boxes * 40 / 96, [[30, 0, 50, 20]] if flipped else [[10, 0, 30, 20]])
+    assert sizes == {(144, 96)} and abs(flips / 300 - 0.5) < 0.1
+    fixed = {data.train_transform(96, 160, flip=False, crop=False)(
+        _Recorder((60, 40)), np.zeros((0, 4), np.float32), np.zeros(0), random.Random(s))[0].done for s in range(20)}
+    assert len(fixed) == 1
+
+
+def test_data_boxes_follow_pixels():
+    """Flip, crop and resize move the boxes with what they hold: every coloured block is found where its box is."""
+    image = Image.new("RGB", (400, 300), "black")
+    boxes = np.float32([[20, 30, 120, 90], [200, 150, 390, 290], [300, 10, 380, 60]])
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+    for box, colour in zip(boxes.astype(int), colours):
+        image.paste(tuple(colour.tolist()), tuple(box.tolist()))
+    transform, lost = data.train_transform(160, 10000), 0
+    for seed in range(60):
+        out, moved, labels = transform(image, boxes, np.arange(3), random.Random(seed))
+        pixels = np.asarray(out).astype(int)
+        assert (moved >= 0).all() and (moved <= np.tile(out.size, 2) + 1e-3).all()
+        assert (moved[:, 2:] > moved[:, :2]).all()
+        for label in range(3):
+            rows, columns = np.nonzero(pixels[..., label] > 127)
+            if label not in labels:
+                lost += 1
+                assert len(rows) == 0, "a dropped box still shows"
+                continue
+            if (moved[labels == label][0, 2:] - moved[labels == label][0, :2]).min() < 2:
+                continue                                                       # a sliver may cover no pixel's half
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert np.abs(found - moved[labels == label][0]).max() <= 1.5
+    assert lost > 5, "crops that lose a box were not met"
+
+
+# ---- folders in COCO's layout
+
+def test_data_coco_items():
+    """Labels, boxes, ids and sizes of a small folder; the summary; ground truth that pycocotools reads."""
+    def edit(coco, folder):
+        boxes = [[50, 30, 30, 30], [-5, 5, 10, 10], [5, 5, 0, 9], [5, 5, 9, -1], [70, 5, 9, 9]]     # 2 clipped, 3 empty
+        for number, box in enumerate(boxes, 100):
+            coco["annotations"].append(dict(id=number, image_id=11, category_id=3, bbox=box))
+        coco["annotations"].insert(0, dict(id=200, image_id=12, category_id=7, bbox=[0, 0, 60, 40], iscrowd=1, area=9))
+        coco["images"].append(dict(id=99, file_name="none.png", width=60, height=40))
+        Image.new("RGB", (60, 40)).save(os.path.join(folder, "none.png"))
+
+    with _coco_folder(edit=edit) as root:
+        folder = data.CocoFolder(root)
+        assert folder.category_ids == [3, 7] and folder.classes == ["dog", "cat"] and len(folder) == 4
+        assert folder.image_ids == [10, 11, 12, 99] and os.path.basename(folder.path(1)) == "1.png"
+        assert folder.summary == ("4 images, 5 boxes, 2 classes (3 boxes of no area dropped, 2 boxes clipped to the "
+                                  "photo, 1 crowds left out)"), folder.summary
+        image, target = folder[1]
+        assert image.shape == (3, 40, 60) and image.dtype == torch.float32
+        pixels = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([60., 40., 60., 40.])
+        assert torch.allclose(pixels, torch.tensor([[10., 10, 30, 20], [50, 30, 60, 40], [0, 5, 5, 15]]), atol=1e-4)
+        assert target["labels"].tolist() == [0, 0, 0] and target["labels"].dtype == torch.int64
+        assert target["image_id"] == 11 and target["orig_size"].tolist() == target["size"].tolist() == [40, 60]
+        assert folder[0][1]["labels"].tolist() == [1]
+        empty = folder[3][1]
+        assert empty["boxes"].shape == (0, 4) and empty["boxes"].dtype == torch.float32 and len(empty["labels"]) == 0
+        folder.transform = data.eval_transform(80, 1333)
+        target = folder[1][1]
+        assert target["orig_size"].tolist() == [40, 60] and target["size"].tolist() == [80, 120]
+
+        published = data.CocoFolder(root, category_ids=range(91))              # the label is the category id
+        assert published[0][1]["labels"].tolist() == [7]
+        assert published.classes[7] == "cat" and len(published.classes) == 91
+        _refused(lambda: data.CocoFolder(root, category_ids=[7]), "3", "trained")
+
+        truth = folder.ground_truth()
+        assert len(truth["annotations"]) == 9 and len(truth["images"]) == 4
+        crowd, first, *_ = truth["annotations"]
+        assert crowd["iscrowd"] == 1 and crowd["area"] == 9 and first["iscrowd"] == 0 and first["area"] == 200
+        beyond = truth["annotations"][4]
+        assert beyond["bbox"] == [50, 30, 30, 30] and beyond["area"] == 900    # not clipped; the area added
+        from pycocotools.coco import COCO
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco = COCO()
+            coco.dataset = truth
+            coco.createIndex()
+            coco.loadRes([dict(image_id=10, category_id=7, bbox=[10, 10, 20, 10], score=1.0)])
+        assert len(coco.getAnnIds()) == 9
+        assert len(pickle.dumps(folder)) < 5000 and pickle.loads(pickle.dumps(folder))[1][1]["image_id"] == 11
+
+
+def test_data_coco_layout():
+    with tempfile.TemporaryDirectory() as root:
+        _refused(lambda: data.CocoFolder(root), root, "train2017", "val2017", "annotations", "instances_train2017.json")
+        _refused(lambda: data.CocoFolder(os.path.join(root, "coco")), "https://cocodataset.org/#download")
+    with _coco_folder() as root:
+        _refused(lambda: data.CocoFolder(root, "val2017"), "instances_val2017.json")
+        for name in os.listdir(os.path.join(root, "train2017")):
+            os.remove(os.path.join(root, "train2017", name))
+        os.rmdir(os.path.join(root, "train2017"))
+        _refused(lambda: data.CocoFolder(root), os.path.join(root, "train2017") + " is missing")
+
+
+def test_data_coco_not_coco():
+    for text in ("", "{", '{"images": [{"id": 1', "\x00\x01", "[" * 100000):
+        _refused_folder(None, "not JSON", text=text)
+    _refused_folder(None, "not in COCO's format", "images", text="[1, 2]")
+    for key in ("images", "annotations", "categories"):
+        _refused_folder(lambda coco, _: coco.pop(key), "not in COCO's format", f"'{key}'")
+        _refused_folder(lambda coco, _: coco.update({key: {"a": 1}}), "not in COCO's format", f"'{key}'")
+        _refused_folder(lambda coco, _: coco[key].append(3), "instances_train2017.json")
+    with _coco_folder() as root:                                                # a byte order mark is no error
+        path = os.path.join(root, "annotations", "instances_train2017.json")
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        with open(path, "w", encoding="utf-8-sig") as file:
+            file.write(text)
+        assert len(data.CocoFolder(root)) == 3
+
+
+def test_data_coco_bad_records():
+    def annotation(**change):
+        return lambda coco, _: coco["annotations"][1].update(change)
+
+    _refused_folder(lambda coco, _: coco.update(images=[], annotations=[]), "empty")
+    _refused_folder(annotation(category_id=5), "annotation 2", "category_id 5")
+    _refused_folder(annotation(image_id=55), "annotation 2", "image_id 55")
+    _refused_folder(annotation(category_id=None), "annotation 2", "category_id")
+    _refused_folder(annotation(image_id="11"), "annotation 2", "image_id")
+    nan, inf = float("nan"), float("inf")
+    for box in (None, [], [1, 2, 3], [1, 2, 3, "4"], "1234", {"x": 1}, [1, 2, nan, 4], [1, 2, inf, 4]):
+        _refused_folder(annotation(bbox=box), "annotation 2", "bbox")
+    _refused_folder(lambda coco, _: coco["annotations"][1].pop("bbox"), "annotation 2", "bbox")
+    _refused_folder(lambda coco, _: coco["images"][1].update(id=10), "image id 10", "0.png", "1.png")
+    _refused_folder(lambda coco, _: coco["images"][1].update(id=None), "image", "'id'")
+    _refused_folder(lambda coco, _: coco["images"][1].update(id=True), "image", "'id'")
+    _refused_folder(lambda coco, _: coco["images"][1].pop("file_name"), "image 11", "file_name")
+    _refused_folder(lambda coco, _: coco["images"][1].update(width="sixty"), "image 11", "width")
+    _refused_folder(lambda coco, _: coco["categories"][1].update(id=7), "categor", "same id")
+    _refused_folder(lambda coco, folder: os.remove(os.path.join(folder, "1.png")), "1.png", "image id 11", "missing")
+    _refused_folder(lambda coco, _: coco["images"][1].update(file_name="sub/1.png"), "sub/1.png", "missing")
+
+
+def test_data_coco_repairs():
+    """What is harmless is repaired and said: repeated images and annotation ids, missing sizes, areas, subfolders."""
+    def edit(coco, folder):
+        coco["annotations"][1]["id"] = 1
+        del coco["annotations"][2]["area"], coco["annotations"][2]["iscrowd"], coco["images"][1]["width"]
+        os.makedirs(os.path.join(folder, "sub"))
+        os.rename(os.path.join(folder, "2.png"), os.path.join(folder, "sub", "2.png"))
+        coco["images"][2]["file_name"] = "sub/2.png"
+        coco["images"].insert(1, dict(coco["images"][0]))
+
+    with _coco_folder(edit=edit) as root:
+        folder = data.CocoFolder(root)
+        assert folder.summary == ("3 images, 3 boxes, 2 classes (1 repeated images merged, "
+                                  "1 repeated annotation ids renumbered)")
+        assert [folder[i][1]["image_id"] for i in range(3)] == [10, 11, 12]
+        assert [os.path.basename(folder.path(i)) for i in range(3)] == ["0.png", "1.png", "2.png"]
+        truth = folder.ground_truth()
+        assert sorted(a["id"] for a in truth["annotations"]) == [1, 2, 3] and len(truth["images"]) == 3
+        assert truth["annotations"][2]["area"] == 200 and truth["annotations"][2]["iscrowd"] == 0
+        assert truth["images"][1]["width"] == 60
+    with _coco_folder(edit=lambda coco, _: coco["annotations"][0].update(id=0)) as root:
+        assert min(a["id"] for a in data.CocoFolder(root).ground_truth()["annotations"]) > 0, "0 means 'no match' there"
+
+
+def test_data_coco_rotated_photos():
+    """A photo with an EXIF quarter turn is taken as its annotations understand it; any other size is refused."""
+    def edit(coco, folder):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        for i in range(3):                                                     # stored 60x40, shown upright 40x60
+            Image.new("RGB", (60, 40)).save(os.path.join(folder, f"{i}.jpg"), exif=exif)
+            coco["images"][i]["file_name"] = f"{i}.jpg"
+        coco["images"][1].update(width=40, height=60)
+        del coco["images"][2]["width"], coco["images"][2]["height"]
+        Image.new("RGB", (50, 50)).save(os.path.join(folder, "3.jpg"))
+        Image.new("RGB", (40, 60)).save(os.path.join(folder, "4.jpg"))         # turned, but no EXIF says so
+        coco["images"] += [dict(id=13, file_name="3.jpg", width=60, height=40),
+                           dict(id=14, file_name="4.jpg", width=60, height=40)]
+
+    with _coco_folder(edit=edit) as root:
+        folder = data.CocoFolder(root)
+        assert [folder[i][1]["orig_size"].tolist() for i in range(3)] == [[40, 60], [60, 40], [60, 40]]
+        _refused(lambda: folder[3], "3.jpg", "50x50", "60x40", "image 13")
+        _refused(lambda: folder[4], "4.jpg", "40x60")
+
+
+def test_data_bad_photo_is_returned_then_raised():
+    """A broken photo comes back from [i] as a value, and out of the loader as one DataError, also from a worker."""
+    def edit(coco, folder):
+        with open(os.path.join(folder, "1.png"), "r+b") as file:
+            file.truncate(60)
+
+    with _coco_folder(edit=edit) as root:
+        folder = data.CocoFolder(root)
+        assert isinstance(folder[1], data.DataError) and isinstance(folder[1, 5], data.DataError)
+        for workers in (0, 1):
+            _refused(lambda: list(data.loader(folder, [[0, 1], [2]], workers)), "1.png")
+        assert len(list(data.loader(folder, [[0, 2]], 0))) == 1
+
+
+def test_data_repeatable():
+    """(i, seed) says all: the same with any number of workers, whatever the global generators hold."""
+    toys = data.ToyShapes(12, 64, transform=data.train_transform(64, 107))
+    first = toys[3, 77]
+    random.seed(1), torch.manual_seed(1), np.random.seed(1)
+    again = toys[3, 77]
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1]["boxes"], again[1]["boxes"])
+    assert len({toys[3, seed][0].shape for seed in range(20)}) > 3, "seeds do not matter"
+    assert torch.equal(toys[3][0], toys[3, 0][0])
+    order = data.BatchOrder(12, 4, seed=0, epoch=2)
+    alone, helped = (list(data.loader(toys, order, workers)) for workers in (0, 2))
+    assert len(alone) == len(helped) == 3
+    for (a, am, at), (b, bm, bt) in zip(alone, helped):
+        assert torch.equal(a, b) and torch.equal(am, bm) and [t["image_id"] for t in at] == [t["image_id"] for t in bt]
+
+
+# ---- toy shapes
+
+def test_data_toy_boxes_are_tight():
+    """Drawn alone, every shape, turned or not, fills its box to the pixel; none is hidden; boxes lie in the picture."""
+    toys, classes, sides, counts, shifts = data.ToyShapes(150), set(), [], set(), []
+    for i in range(len(toys)):
+        image, boxes, labels = toys.read(i)
+        shapes = toys.scene(i)[1]
+        counts.add(len(shapes))
+        assert image.size == (128, 128) and boxes.dtype == np.float32 and (boxes >= 0).all() and (boxes <= 128).all()
+        sides += (boxes[:, 2:] - boxes[:, :2]).max(1).tolist()
+        seen = np.zeros((128, 128), int)
+        areas = []
+        for number, ((category, points, _), box, label) in enumerate(zip(shapes, boxes, labels), 1):
+            assert toys.classes[label] == category["name"]
+            classes.add(category["name"])
+            mask, corner = data.shape_mask(category["name"], points)
+            canvas = Image.new("L", (128, 128))
+            canvas.paste(mask, corner)
+            cover = np.asarray(canvas) / 255
+            outer = np.flatnonzero(cover.max(0) > 0), np.flatnonzero(cover.max(1) > 0)
+            for axis in (0, 1):
+                assert outer[axis][0] >= np.floor(box[axis]) and outer[axis][-1] + 1 <= np.ceil(box[axis + 2])
+                assert outer[axis][0] <= box[axis] + 1.01 and outer[axis][-1] + 1 >= box[axis + 2] - 1.01
+            if category["name"] in ("circle", "square"):
+                centre = [np.average(np.arange(128) + 0.5, weights=cover.sum(axis)) for axis in (0, 1)]
+                shifts.append(centre - (box[:2] + box[2:]) / 2)
+            seen[cover >= 0.5] = number
+            areas.append((cover >= 0.5).sum())
+        for number, area in enumerate(areas, 1):
+            assert (seen == number).sum() >= 0.35 * area, f"picture {i}: shape {number} is hidden"
+    assert np.abs(shifts).max() < 0.2 and np.abs(np.mean(shifts, 0)).max() < 0.02, "drawn beside the box"
+    assert classes == set(toys.classes) and len(toys.classes) == 5 and counts == {1, 2, 3, 4, 5, 6}
+    assert 0.12 * 128 - 0.1 <= min(sides) < 18 and 55 < max(sides) <= 64.1
+
+
+def test_data_toy_deterministic():
+    a, b, other = data.ToyShapes(5), data.ToyShapes(50), data.ToyShapes(5, seed=1)
+    assert torch.equal(a[2][0], b[2][0]) and not torch.equal(a[2][0], a[3][0]) and not torch.equal(a[2][0], other[2][0])
+    assert a[2][1]["image_id"] == a.image_ids[2] and a.category_ids == [1, 2, 3, 4, 5] and "5 images" in a.summary
+    truth = a.ground_truth()
+    for i, image_id in enumerate(a.image_ids):
+        mine = [x for x in truth["annotations"] if x["image_id"] == image_id]
+        boxes = box_convert(a[i][1]["boxes"], "cxcywh", "xywh") * 128
+        assert torch.allclose(torch.tensor([x["bbox"] for x in mine]), boxes, atol=1e-3)
+        assert [a.category_ids[label] for label in a[i][1]["labels"]] == [x["category_id"] for x in mine]
+    _refused(lambda: data.ToyShapes(5, category_ids=[1, 2]), "trained")
+
+
+# ---- batches
+
+def test_data_order():
+    order = data.BatchOrder(10, 3, seed=5, epoch=1)
+    batches = list(order)
+    assert len(order) == len(batches) == 3 and all(len(batch) == 3 for batch in batches)
+    indices = [index for batch in batches for index, _ in batch]
+    assert len(set(indices)) == 9 and set(indices) < set(range(10))
+    assert len({seed for batch in batches for _, seed in batch}) == 9
+    assert batches == list(data.BatchOrder(10, 3, 5, 1)), "not repeatable"
+    for start in range(5):
+        rest = data.BatchOrder(10, 3, 5, 1, start=start)
+        assert list(rest) == batches[start:] and len(rest) == len(batches[start:])
+    later = [seed for batch in data.BatchOrder(10, 3, 5, 2) for _, seed in batch]
+    assert not set(later) & {seed for batch in batches for _, seed in batch}, "every epoch augments alike"
+    assert list(data.BatchOrder(10, 3, 5, 2)) != batches != list(data.BatchOrder(10, 3, 6, 1))
+    (few,) = data.BatchOrder(8, 16, 0, 0)
+    assert len(few) == 16 and sorted(index for index, _ in few) == sorted(list(range(8)) * 2)
+    assert len({seed for _, seed in few}) == 16
+    assert {index for batch in data.BatchOrder(6, 3, 0, 0) for index, _ in batch} == set(range(6))
+
+
+def test_data_collate():
+    samples = [(torch.full((3, h, w), float(v)), dict(image_id=v)) for v, (h, w) in enumerate([(4, 7), (6, 5)], 1)]
+    images, mask, targets = data.collate(samples)
+    assert images.shape == (2, 3, 6, 7) and mask.shape == (2, 6, 7) and mask.dtype == torch.bool
+    assert [t["image_id"] for t in targets] == [1, 2]
+    for image, blank, v, (h, w) in zip(images, mask, (1, 2), [(4, 7), (6, 5)]):
+        assert (image[:, :h, :w] == v).all() and not blank[:h, :w].any()
+        assert image.sum() == 3 * h * w * v and (~blank).sum() == h * w, "padding is not right and bottom"
+    error = data.DataError("broken")
+    assert data.collate([samples[0], error]) is error
+
+
+class _Killed(torch.utils.data.Dataset):
+    """A data set whose worker dies as the out-of-memory killer makes it die."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), 9)
+
+
+class _Broken(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        raise RuntimeError("a bug, not bad data")
+
+
+def test_data_loader_dead_worker():
+    _refused(lambda: list(data.loader(_Killed(), [[0]], workers=1)), "--workers 0", "memory")
+    batches = data.loader(data.ToyShapes(8, 32), [[i] for i in range(8)], workers=1)
+    next(batches)
+    handler = signal.getsignal(signal.SIGCHLD)                                 # torch's would strike at any line
+    assert "torch" not in str(getattr(handler, "__module__", "")), "a dead worker could stop the training step anywhere"
+    batches.close()
+    for workers in (0, 1):                                                     # other errors are not dressed up
+        try:
+            list(data.loader(_Broken(), [[0]], workers))
+        except RuntimeError as error:
+            assert "a bug, not bad data" in str(error)
+        else:
+            raise AssertionError("a bug was swallowed")
+
+
+def test_data_open():
+    train, val = data.open_data("toy"), data.open_data("toy", split="val", image_size=64)
+    assert len(train) == 2000 and len(val) == 200 and train.size == 128 and val.size == 64
+    assert not torch.equal(train[0][0], data.open_data("toy", split="val")[0][0]), "the test pictures were trained on"
+    assert len(data.open_data("toy", toy_count=7)) == 7
+    before = os.environ.pop("COCO_ROOT", None)
+    try:
+        with _coco_folder() as root:
+            assert len(data.open_data(root)) == len(data.open_data("coco", root, "train2017")) == 3
+            _refused(lambda: data.open_data(root, data_root=root), "data_root")
+            _refused(lambda: data.open_data("toy", data_root=root), "data_root")
+            _refused(lambda: data.open_data(root, split="test"), "test", "val")
+            os.environ["COCO_ROOT"] = root
+            assert len(data.open_data("coco")) == 3
+            os.environ["COCO_ROOT"] = os.path.join(root, "nowhere-coco")
+            _refused(lambda: data.open_data("coco"), "https://cocodataset.org/#download", "nowhere-coco")
+            _refused(lambda: data.open_data(os.path.join(root, "nowhere")), "nowhere", "toy", "coco", "train2017")
+    finally:
+        os.environ.pop("COCO_ROOT", None)
+        if before is not None:
+            os.environ["COCO_ROOT"] = before
+
+
+# ============================================================================================================== eval.py
+
+FOCAL = SimpleNamespace(class_loss="focal", detections=40, ensemble_nms=0.5, queries="learned")
+SOFTMAX = SimpleNamespace(class_loss="ce", detections=100, ensemble_nms=0.8, queries="learned")
+
+
+def _random_heads(first, B=3, Q=20, C=7, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    boxes = torch.rand(first, B, Q, 4, generator=g, dtype=dtype) * torch.tensor([1, 1, .6, .6], dtype=dtype)
+    return dict(logits=torch.randn(first, B, Q, C, generator=g, dtype=dtype), boxes=boxes)
+
+
+def _slow_box(box, size):
+    (cx, cy, w, h), (height, width) = box.tolist(), size.tolist()
+    return [(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height]
+
+
+def _slow_top(logits, boxes, size, cfg):
+    """One image, one evaluation, by loops: list of (score, label, box), best first."""
+    rows = []
+    for q in range(len(logits)):
+        if cfg.class_loss == "ce":
+            p = (logits[q].exp() / logits[q].exp().sum())[:-1].tolist()
+            rows.append((max(p), p.index(max(p)), _slow_box(boxes[q], size)))
+        else:
+            rows += [(1 / (1 + np.exp(-logits[q, c].item())), c, _slow_box(boxes[q], size))
+                     for c in range(logits.shape[1])]
+    rows.sort(key=lambda row: -row[0])
+    return rows if cfg.class_loss == "ce" else rows[:cfg.detections]
+
+
+def _same(found, rows, tolerance=1e-9):
+    assert len(found["scores"]) == len(rows)
+    assert found["labels"].tolist() == [label for _, label, _ in rows]
+    np.testing.assert_allclose(found["scores"].numpy(), [score for score, _, _ in rows], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(found["boxes"].numpy(), [box for _, _, box in rows], rtol=0, atol=tolerance * 1000)
+
+
+class _Oracle(nn.Module):
+    """Knows the answers: the photo's upper left pixel value tells which, so that any order and batch will do."""
+
+    def __init__(self, dataset, cfg=FOCAL, empty=False):
+        super().__init__()
+        self.device_of = nn.Parameter(torch.zeros(1))
+        self.cfg, self.calls, self.empty = cfg, 0, empty
+        classes = len(dataset.category_ids)
+        self.answers = {}
+        for i in range(len(dataset)):
+            image, target = dataset[i]
+            logits = torch.full((8, classes + (cfg.class_loss == "ce")), -20.0)
+            boxes = torch.full((8, 4), 0.5)
+            n = 0 if empty else len(target["labels"])
+            logits[torch.arange(n), target["labels"][:n]] = 10.0
+            boxes[:n] = target["boxes"][:n]
+            if cfg.class_loss == "ce":
+                logits[n:, -1] = 10.0
+            self.answers[self.key(image)] = logits, boxes
+
+    @staticmethod
+    def key(image):
+        return tuple(image[:, :8, :8].flatten().tolist())
+
+    def forward(self, images, mask, targets=None):
+        assert not self.training and not torch.is_grad_enabled() and targets is None
+        assert mask.dtype == torch.bool and mask.shape == images[:, 0].shape
+        self.calls += 1
+        logits, boxes = zip(*(self.answers[self.key(image)] for image in images))
+        logits, boxes = torch.stack(logits)[None], torch.stack(boxes)[None]
+        # The first layer is wrong: only the last one may be read.
+        return dict(logits=torch.cat([-logits, logits]), boxes=torch.cat([1 - boxes, boxes]))
+
+
+def _toy(count=6, category_ids=None):
+    return data.open_data("toy", split="val", transform=data.eval_transform(64, 64), image_size=64, toy_count=count,
+                          category_ids=category_ids)
+
+
+def _meta(dataset):
+    return dict(classes=dataset.classes, category_ids=dataset.category_ids, variant="oracle",
+                recipe=dict(image_size=64, max_size=64), config={})
+
+
+def _command(*arguments, checkpoint=None):
+    """Run the command line in-process -> (exit code, what it printed, what it complained about)."""
+    out, err, kept = io.StringIO(), io.StringIO(), getattr(weights, "load_checkpoint", None)
+    if checkpoint is not None:
+        weights.load_checkpoint = lambda path: checkpoint
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            evaluation.main([str(a) for a in arguments])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        if checkpoint is not None:
+            weights.load_checkpoint = kept
+    return code or 0, out.getvalue(), err.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------ postprocess
+
+def test_eval_postprocess_sigmoid_and_softmax():
+    sizes = torch.tensor([[480, 640], [100, 50], [333, 500]])
+    for cfg in (FOCAL, SOFTMAX):
+        outputs = _random_heads(2)
+        found = evaluation.postprocess(outputs, sizes, cfg)
+        assert len(found) == 3
+        for i in range(3):
+            assert found[i]["scores"].dtype == found[i]["boxes"].dtype == torch.float64
+            _same(found[i], _slow_top(outputs["logits"][-1, i], outputs["boxes"][-1, i], sizes[i], cfg))
+    beyond = dict(logits=torch.zeros(1, 1, 1, 2), boxes=torch.tensor([[[[0.0, 0.0, 1.0, 1.0]]]]))
+    assert evaluation.postprocess(beyond, sizes[:1], FOCAL)[0]["boxes"][0].tolist() == [-320, -240, 320, 240]
+    assert len(evaluation.postprocess(beyond, sizes[:1], FOCAL)[0]["scores"]) == 2       # fewer than cfg.detections
+
+
+def test_eval_postprocess_ensemble():
+    sizes = torch.tensor([[480, 640], [100, 50], [333, 500]])
+    for dtype in (torch.float64, torch.float32):
+        outputs = _random_heads(3, seed=1, dtype=dtype)
+        found = evaluation.postprocess(dict(evaluations=outputs, logits=None, boxes=None), sizes, FOCAL)
+        removed = 0
+        for i in range(3):
+            rows = sum((_slow_top(outputs["logits"][s, i], outputs["boxes"][s, i], sizes[i], FOCAL) for s in range(3)), [])
+            rows.sort(key=lambda row: -row[0])
+            kept = []
+            for row in rows:
+                if all(row[1] != other[1] or box_iou(torch.tensor([row[2]], dtype=torch.float64),
+                                                     torch.tensor([other[2]], dtype=torch.float64)) <= 0.5
+                       for other in kept):
+                    kept.append(row)
+            removed += len(rows) - len(kept)
+            height, width = sizes[i].tolist()
+            rows = [(s, c, np.clip(box, 0, [width, height, width, height]).tolist()) for s, c, box in kept[:40]]
+            _same(found[i], rows, 1e-9 if dtype == torch.float64 else 1e-6)
+            assert found[i]["boxes"].dtype == found[i]["scores"].dtype == dtype
+            single = {key: value[:, i:i + 1] for key, value in outputs.items()}
+            alone = evaluation.postprocess(dict(evaluations=single), sizes[i:i + 1], FOCAL)[0]
+            assert all(torch.equal(alone[key], found[i][key]) for key in alone)
+        assert removed > 0                                                               # or the test tests nothing
+    one = {key: value[-1:] for key, value in outputs.items()}
+    plain, sampled = (evaluation.postprocess(o, sizes, FOCAL) for o in (one, dict(evaluations=one)))
+    for a, b in zip(plain, sampled):                     # one evaluation: no NMS
+        assert torch.equal(a["scores"], b["scores"]) and torch.equal(a["labels"], b["labels"])
+
+
+# --------------------------------------------------------------------------------------------------------- evaluate
+
+def test_eval_evaluate_oracle_and_nothing():
+    dataset = _toy()
+    for cfg in (FOCAL, SOFTMAX):
+        model = _Oracle(dataset, cfg).train()
+        metrics, detections = evaluation.evaluate(model, dataset, batch_size=4, progress=False)
+        assert tuple(metrics) == evaluation.METRICS and model.training and model.calls == 2
+        assert abs(metrics["AP"] - 1) < 1e-6 and abs(metrics["AR100"] - 1) < 1e-6
+        assert set(detections[0]) == {"image_id", "category_id", "bbox", "score"} and json.dumps(detections)
+    nothing, _ = evaluation.evaluate(_Oracle(dataset, empty=True).eval(), dataset, progress=False)
+    assert nothing["AP"] == 0
+    empty = evaluation.coco_metrics(dataset.ground_truth(), [], dataset.image_ids)
+    assert empty["AP"] == 0 and empty["AR100"] == 0
+    bare = dataset.ground_truth() | dict(annotations=[])
+    assert evaluation.coco_metrics(bare, [], dataset.image_ids)["AP"] == -1
+
+
+def test_eval_metrics_are_pycocotools():
+    dataset = _toy(12)
+    model = _Oracle(dataset)
+    g = torch.Generator().manual_seed(0)
+    for logits, boxes in model.answers.values():         # some right, some shifted, some with a wrong name
+        logits += 3 * torch.randn(logits.shape, generator=g)
+        boxes += 0.03 * torch.randn(boxes.shape, generator=g)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        metrics, detections = evaluation.evaluate(model, dataset, batch_size=5, progress=False)
+    assert printed.getvalue() == "" and 0.05 < metrics["AP"] < 0.95
+    with contextlib.redirect_stdout(printed):
+        truth = COCO()
+        truth.dataset = dataset.ground_truth()
+        truth.createIndex()
+        scorer = COCOeval(truth, truth.loadRes([dict(d) for d in detections]), "bbox")
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    assert list(metrics.values()) == scorer.stats.tolist()
+    with contextlib.redirect_stdout(io.StringIO()) as table:
+        again = evaluation.coco_metrics(dataset.ground_truth(), detections, dataset.image_ids, table=True)
+    assert table.getvalue().splitlines() == printed.getvalue().splitlines()[-12:] and again == metrics
+
+
+def test_eval_limit_and_unused_labels():
+    dataset = _toy(6, category_ids=[0, *range(1, 6), 9])              # slots 0 and 6 have no category
+    model = _Oracle(dataset)
+    for logits, _ in model.answers.values():
+        logits[:, [0, 6]] = 15.0                                     # the best scores, and to be dropped
+    metrics, detections = evaluation.evaluate(model, dataset, batch_size=2, limit=3, progress=False)
+    assert {d["image_id"] for d in detections} == set(dataset.image_ids[:3]) and model.calls == 2
+    assert {d["category_id"] for d in detections} <= set(range(1, 6))
+    assert abs(metrics["AP"] - 1) < 1e-6                             # the other three images are not misses
+    missed = evaluation.coco_metrics(dataset.ground_truth(), detections, dataset.image_ids)
+    assert missed["AP"] < 1
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+def test_eval_draw():
+    photo = Image.new("RGB", (640, 480), "gray")
+    drawn = evaluation.draw(photo, [[100, 100, 300, 200], [-50, 300, 9999, 9999]], [0, 1], ["cat", "dog"], [0.9, 0.4])
+    assert drawn.size == photo.size and photo.getcolors() == [(640 * 480, (128, 128, 128))]      # the input is untouched
+    changed = np.asarray(drawn) != 128
+    assert changed[100, 100:300].any(-1).all() and changed[100:200, 300].any(-1).all()
+    assert not changed[130:180, 120:280].any() and not changed[:70].any()
+    assert tuple(drawn.getpixel((200, 200))) != tuple(drawn.getpixel((200, 300)))                # a colour per class
+    assert evaluation.draw(Image.new("L", (128, 96)), [], [], []).size == (512, 384)             # small: enlarged
+
+
+def test_eval_picture_grid():
+    dataset = _toy(5)
+    model = _Oracle(dataset).train()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "predictions.png")
+        evaluation.picture_grid(model, dataset, path, count=3)
+        with Image.open(path) as sheet:
+            assert sheet.width > 4 * 448 and sheet.height > 2 * 448
+    assert model.training and model.calls == 3
+
+
+def test_eval_plot_curves():
+    with tempfile.TemporaryDirectory() as folder:
+        log, out = os.path.join(folder, "log.jsonl"), os.path.join(folder, "curves.png")
+        training = [json.dumps(dict(step=i, epoch=0, lr=1e-4, loss=9 / i, loss_class=3 / i, loss_bbox=2 / i, loss_giou=1 / i,
+                                    loss_class_dn=1 / i)) for i in range(1, 90)]
+        tests = [json.dumps(dict(step=50, AP=-1.0, AP50=-1.0)), json.dumps(dict(step=90, AP=0.2, AP50=0.4))]
+        for text in ("\n".join(training + tests) + '\n{"step": 91, "lo', training[0], "\n".join(tests), ""):
+            with open(log, "w") as file:
+                file.write(text)
+            evaluation.plot_curves(log, out)
+            with Image.open(out) as picture:
+                assert picture.width > 1000
+            os.remove(out)
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+def test_eval_predict():
+    dataset = _toy(3)
+    model, meta = _Oracle(dataset), _meta(dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        photos, out = os.path.join(folder, "photos"), os.path.join(folder, "out")
+        for name in ("a", "b"):
+            os.makedirs(os.path.join(photos, name))
+            dataset.read(0)[0].save(os.path.join(photos, name, "1.png"))             # the same name in two folders
+        with open(os.path.join(photos, "b", "broken.jpg"), "wb") as file:
+            file.write(b"not a photo")
+        code, said, complained = _command(
+            "--weights", os.path.join(folder, "x.pth"), "--images", os.path.join(photos, "a"), os.path.join(photos, "b"),
+            "--out", out, "--device", "cpu", checkpoint=(model, meta))
+        assert code == 1 and "broken.jpg" in complained and "2 of 3" in said
+        with open(os.path.join(out, "predictions.json")) as file:
+            first, second, broken = json.load(file)
+        assert "broken.jpg" in broken["error"] and "detections" not in broken
+        assert first["detections"] == second["detections"] and first["picture"] != second["picture"]
+        assert os.path.exists(first["picture"]) and os.path.exists(second["picture"])
+        _, target = dataset[0]
+        best = {d["label"] for d in first["detections"]}
+        assert best == {dataset.classes[c] for c in target["labels"]} and len(first["detections"]) == len(target["labels"])
+        cx, cy, w, h = (64 * target["boxes"]).T
+        expected = sorted(torch.stack([cx - w / 2, cy - h / 2, w, h], 1).tolist())
+        np.testing.assert_allclose(sorted(d["bbox"] for d in first["detections"]), expected, atol=1e-3)
+        code, _, complained = _command("--weights", "x.pth", "--images", os.path.join(photos, "a"), "--device", "cpu",
+                                       "--out", os.path.join(photos, "a"), checkpoint=(model, meta))
+        assert code == 2 and "overwrite" in complained
+
+
+def test_eval_command_scores_data():
+    dataset = data.open_data("toy", split="val", transform=data.eval_transform(64, 64), image_size=64)
+    meta, model = _meta(dataset), _Oracle(_toy(4))
+    with tempfile.TemporaryDirectory() as folder:
+        code, said, complained = _command("--weights", os.path.join(folder, "x.pth"), "--data", "toy", "--limit", 4,
+                                          "--workers", 0, "--device", "cpu", checkpoint=(model, meta))
+        assert code == 0, complained
+        assert said.count("Average Precision") == said.count("Average Recall") == 6 and "= 1.000" in said
+        assert "on the first 4 of 200 images" in said
+        with open(os.path.join(folder, "results.json")) as file:
+            assert json.load(file)[0].keys() == {"image_id", "category_id", "bbox", "score"}
+        other = meta | dict(classes=["cat", *dataset.classes[1:]])
+        code, _, complained = _command("--weights", "x.pth", "--data", "toy", "--device", "cpu", checkpoint=(model, other))
+        assert code == 2 and "'cat'" in complained and f"'{dataset.classes[0]}'" in complained
+
+
+def test_eval_command_errors():
+    model = SimpleNamespace(cfg=FOCAL, to=lambda device: None)
+    checkpoint = model, _meta(_toy(1))
+    with tempfile.TemporaryDirectory() as folder:
+        for arguments, hint in (
+                ((), "--data"), (("--data", "toy", "--images", "a.jpg"), "--images"),
+                (("--data", "toy", "--limit", "0"), "--limit"), (("--images", folder), "no photos"),
+                (("--data", "toy", "--evaluations", "3"), "diffusion"), (("--data", folder + "/no"), "no")):
+            code, _, complained = _command("--weights", folder + "/x.pth", "--device", "cpu", *arguments,
+                                           checkpoint=checkpoint)
+            assert code == 2 and "error: " in complained and hint in complained and "Traceback" not in complained, arguments
+
+
+# ===================================================================================================== train.py
+
+TINY = ["--image-size", "64", "--max-size", "64", "--queries", "10", "--d-model", "64", "--ffn", "64", "--heads", "4",
+        "--encoder-layers", "1", "--decoder-layers", "2", "--batch-size", "4", "--micro-batch", "4", "--workers", "0"]
+
+
+def coco_folder(folder, photos=6):
+    """A small data set of toy shapes in COCO's layout, with category ids 7, 9, ..."""
+    toy = data.ToyShapes(photos, size=64)
+    for split in ("train2017", "val2017"):
+        (folder / split).mkdir(parents=True)
+        truth = copy.deepcopy(toy.ground_truth())
+        for i, image in enumerate(truth["images"]):
+            toy.read(i)[0].save(folder / split / f"{image['id']}.png")
+            image["file_name"] = f"{image['id']}.png"
+        for thing in truth["categories"]:
+            thing["id"] = 7 + 2 * thing["id"]
+        for box in truth["annotations"]:
+            box["category_id"] = 7 + 2 * box["category_id"]
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
+    return folder
+
+
+def run_quietly(argv):
+    """train.main's exit code and what it said on stderr and stdout."""
+    said, out = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(out):
+        try:
+            code = train.main(argv)
+        except SystemExit as stop:                                                              # argparse's own errors
+            code = stop.code
+    return code, said.getvalue() + out.getvalue()
+
+
+def test_train_wrong_commands_are_one_clear_line():
+    with tempfile.TemporaryDirectory() as folder:
+        for argv, word in [(["--variant", "detrr"], "there are detr"), (["--learning-rate", "1"], "unrecognized"),
+                           (["--data", folder + "/none"], "none"), (["--data-root", folder], "--data coco"),
+                           (["--resume", folder], "last.pth"), (["--resume", folder, "--weights", "x"], "choose one"),
+                           (["--weights", folder + "/x.pth"], "x.pth"), (["--epochs", "0"], "at least 1"),
+                           (["--freeze", "neck", "--out", folder], "input_proj"), (["--queries", "sound"], "sound"),
+                           (["--backbone-weights", "none", "--backbone-norm", "frozen", "--out", folder], "batch")] \
+                + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "no GPU")]):
+            code, said = run_quietly(argv)
+            assert code == 2 and word in said and "Traceback" not in said, (argv, said)
+
+
+def test_train_whole_path_on_a_folder_with_its_own_classes():
+    """Photos and boxes in; checkpoints, log, curves and pictures out; class names and ids travel with the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        where = str(coco_folder(Path(folder) / "boxes"))
+        code, said = run_quietly(["--variant", "dino", "--data", where, "--backbone-weights", "none", "--steps", "3",
+                                  "--eval-every", "1", "--out", str(out), *TINY])
+        assert code == 0, said
+        assert {"last.pth", "best.pth", "log.jsonl", "curves.png", "predictions.png", "run.json"} \
+            <= {p.name for p in out.iterdir()}
+        lines = [json.loads(line) for line in open(out / "log.jsonl")]
+        assert any("loss" in line for line in lines) and any("AP" in line for line in lines)
+        built, meta = weights.load_checkpoint(out / "best.pth")
+        assert meta["category_ids"] == [7 + 2 * i for i in data.ToyShapes(1).category_ids]
+        assert meta["classes"] == data.ToyShapes(1).classes and not built.training
+        code, said = run_quietly(["--data", where, "--out", str(out), "--backbone-weights", "none", *TINY])
+        assert code == 2 and "already holds a run" in said
+
+
+def test_train_resume_continues_as_if_never_stopped():
+    """Stop by SIGTERM in the middle of an epoch, resume: the last weights equal the uninterrupted run's, bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        common = ["--variant", "diffu_dino", "--data", str(coco_folder(Path(folder) / "boxes", photos=9)), "--steps", "5",
+                  "--backbone-weights", "none", "--dropout", "0.1", "--ema", "0.9", *TINY]
+        whole, cut = str(Path(folder) / "whole"), str(Path(folder) / "cut")
+        assert run_quietly(common + ["--out", whole])[0] == 0
+        original = train.forward_backward
+        calls = []
+
+        def stop_in_third(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+
+        with mock.patch.object(train, "forward_backward", stop_in_third):
+            code, said = run_quietly(common + ["--out", cut])
+        assert code == 0 and len(calls) == 3 and f"--resume {cut}" in said
+        assert run_quietly(["--resume", cut, "--variant", "detr"])[0] == 2
+        assert run_quietly(["--resume", cut])[0] == 0
+        a, b = (weights.read_checkpoint(Path(p) / "last.pth") for p in (whole, cut))
+        assert a["step"] == b["step"] == 5
+        for part in ("model", "ema"):
+            assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+
+
+def test_train_a_loss_that_is_not_finite_names_the_images():
+    with tempfile.TemporaryDirectory() as folder:
+        where = str(coco_folder(Path(folder) / "boxes"))
+        original = train.forward_backward
+        with mock.patch.object(train, "forward_backward", lambda *a: original(*a) | {"total": float("nan")}):
+            code, said = run_quietly(["--data", where, "--backbone-weights", "none", "--out", folder + "/o", *TINY])
+        assert code == 2 and "image ids [" in said and "last.pth" in said
+
+
+def test_train_rate_groups_and_schedule():
+    recipe = variants.RECIPES["deformable"]
+    built = model.build_model("deformable", backbone="resnet18", encoder_layers=1, decoder_layers=1)
+    groups = train.parameter_groups(built, recipe)
+    assert sorted({g["lr"] for g in groups}) == [2e-5, 2e-4]
+    size = {id(p): g["lr"] for g in groups for p in g["params"]}
+    for name, p in built.named_parameters():
+        slow = name.startswith("backbone") or "sampling_offsets" in name or "reference_points" in name
+        assert not p.requires_grad or size[id(p)] == (2e-5 if slow else 2e-4), name
+    assert [train.rate_factor(s, 50, recipe) for s in (0, 39, 40, 49)] == [1, 1, 0.1, 0.1]
+    assert train.rate_factor(10, 12, variants.RECIPES["dino"]) == 1 and \
+        train.rate_factor(11, 12, variants.RECIPES["dino"]) == 0.1
+    assert train.rate_factor(4, 50, recipe.but(warmup=10)) == 0.5
+
+
+def test_train_learns():
+    """A few dozen steps on four pictures must lower the loss by a good part, for each of the five."""
+    for name in ("detr", "deformable", "dn", "dino", "diffu"):
+        built = small(name)
+        dataset = data.ToyShapes(4, size=64)
+        images, mask, targets = data.collate([dataset[i] for i in range(4)])
+        criterion = matcher.Criterion(built.cfg)
+        optimizer = torch.optim.AdamW(built.parameters(), 5e-4)
+        history = []
+        for _ in range(40):
+            loss = criterion(built(images, mask, targets), targets)["total"]
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(built.parameters(), 0.1)
+            optimizer.step()
+            history.append(loss.item())
+        assert sum(history[-5:]) < 0.75 * sum(history[:5]), (name, history[:5], history[-5:])
+
+
+# ==================================================================================================== the runner
+
+def run_all(word):
+    """Run the tests whose name holds `word`; returns the exit code. The last line counts them."""
+    tests = {name: f for name, f in globals().items() if name.startswith("test_") and word in name}
+    counts = collections.Counter(passed=0, failed=0, skipped=0)
+    for name, test in tests.items():
+        started = time.time()
+        try:
+            test()
+            result = "passed"
+        except unittest.SkipTest as why:
+            result = "skipped"
+            name += f" ({why})"
+        except Exception:
+            result = "failed"
+            traceback.print_exc()
+        counts[result] += 1
+        print(f"{result:8} {time.time() - started:6.1f} s  {name}", flush=True)
+    skipped = f", {counts['skipped']} skipped" if counts["skipped"] else ""
+    print(f"{counts['passed']} passed, {counts['failed']} failed{skipped}")
+    return 1 if counts["failed"] or not tests else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Run minDETR's tests.")
+    parser.add_argument("-k", default="", metavar="WORD", help="only tests whose name contains WORD")
+    sys.exit(run_all(parser.parse_args().k))
