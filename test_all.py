@@ -15,13 +15,16 @@ import math
 import os
 import pickle
 import random
+import re
 import signal
 import sys
 import tempfile
 import time
 import traceback
 import unittest
-from dataclasses import fields
+import urllib.error
+import zlib
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -40,11 +43,11 @@ import data
 import diffusion
 import eval as evaluation
 import matcher
-import model
 import msda
 import train
 import variants
 import weights
+from model import build_model
 
 HERE = Path(__file__).parent
 
@@ -58,7 +61,7 @@ TRAINED = [name for name in variants.VARIANTS if name != "detr_dc5"]       # dil
 def small(name, **overrides):
     """A small model of a variant, with weights that depend on the seed alone."""
     torch.manual_seed(0)
-    return model.build_model(name, **SMALL | overrides)
+    return build_model(name, **SMALL | overrides)
 
 
 def batch(counts=(3, 1), size=96, seed=0):
@@ -93,7 +96,7 @@ def test_variants_parameters_are_the_published_counts():
                  "dino": 46_893_182}
     for name, count in published.items():
         with torch.device("meta"):
-            built = model.build_model(name)
+            built = build_model(name)
         assert sum(p.numel() for p in built.parameters()) == count, name
 
 
@@ -500,6 +503,586 @@ def test_model_wrong_use_is_said():
     assert "targets" in error_of(small("dn"), images, mask, kind=ValueError)
     assert "mask" in error_of(small("detr"), images, mask[:, 1:], kind=ValueError)
     assert "num_queries" in error_of(small("dino", num_queries=500), images, mask, [], kind=ValueError)
+
+
+# =========================================================================================================== weights.py
+
+# The published state dicts: how many names there are, and the CRC-32 of the sorted lines "name shape".
+PUBLISHED_KEYS = {
+    "detr": (458, 1865247027), "deformable": (561, 2429200660), "deformable_two_stage": (630, 78817132),
+    "dn": (605, 2443757799), "dino": (626, 945108721), "diffu_dino_published": (685, 3976764642)}
+
+# Factors on some filled tensors, so that queries and boxes spread out as in a trained model.
+FILL_SCALE = {
+    "detr": {r"encoder\.layers\.\d\.(self_attn\.out_proj|linear2)\.weight": 0.5,
+             r"decoder\.layers\.\d\.self_attn\.out_proj\.weight": 0.25, r"decoder\.layers\.\d\.linear2\.weight": 0.5,
+             r"multihead_attn\.in_proj_weight": 2.0, r"query_embed": 16.0},
+    "deformable": {r"query_embed": 20.0},
+    "deformable_two_stage": {r"class_embed\.6\.weight": -1.0},
+    "dn": {r"^(tgt_embed|label_enc)": 16.0, r"refpoint_embed": 3.0},
+    "dino": {r"tgt_embed|label_enc": 16.0},
+    "diffu_dino_published": {}}
+DETR_INPUT_PROJ_BIAS = """
+-3259 -1067 -193 365 1684 1444 -2071 -2444 3102 -895 974 -1467 2367 1241 951 664 -2097 -3172 1617 -178 -167 1045
+3395 -2776 946 -1896 70 -1620 241 -1611 1261 585 -1018 1834 -1365 2845 1675 2967 -1796 -996 -1647 507 -2648 847 4274
+2082 348 -325 -5614 438 301 -485 1171 1324 3177 344 -994 -1560 2959 -507 -819 -3379 -2144 2939 -374 16 2050 1205
+-2382 1171 -3119 3816 1012 -852 734 901 -308 -1266 -329 3267 -76 -949 907 -565 1569 2099 -127 -677 262 1474 -580 583
+3941 1207 -1196 1741 -568 -1905 2370 -106 179 -1215 744 2379 2255 -2433 -2131 3094 4671 2552 2241 865 2219 -1751
+2494 2433 574 -1707 -698 4446 1096 864 -2563 -1215 -1797 -2751 1661 3533 -119 712 457 -1147 -558 -223 783 3380 -338
+404 -2523 4594 2805 -128 -2301 71 525 2280 -486 5204 3213 -2139 -3398 2029 2118 -994 205 2799 1130 1350 -720 441
+1456 1056 2240 -541 1089 2470 -3834 73 -437 -5296 -1400 -594 -350 2654 4167 -243 1306 1182 98 -2044 475 310 1317
+2638 4645 -3150 1319 -2857 1777 -4168 -3266 377 -442 1287 -1498 -126 861 5584 3022 -203 3212 -24 -2857 655 762 -4242
+-1889 -3386 3647 116 -3734 -1644 -2632 2342 1113 -3423 3684 1069 -30 -1947 2505 1949 -858 -1758 4112 -1199 -327
+-2289 -3820 -484 -737 3626 -1556 -1582 1059 3239 -1152 -273 611 2606 -2480 3516 469 -703 -501 -475 -355 1705 1742
+-10 -102 1723 927 2681 2039 422"""                                                                     # thousandths
+
+# matches: queries of image 0 and their targets, then image 1's; "post": labels and places of the first four detections.
+EXPECTED = {
+    "detr": dict(
+        logits=[-1.3231908142, -1.0119599394, -0.80017545628, -1.5624969914, 0.4978276207, 2.5390619805, -1.2915166993,
+                -0.017635209833],
+        boxes=[0.62428973911, 0.5390288881, 0.75568344377, 0.31027951191, 0.54944561101, 0.59142648378, 0.79319110685,
+               0.36868911433],
+        total=56.97624763139089, matches=[[17, 28, 53, 76, 81], [0, 2, 1, 4, 3], [32, 67, 92], [0, 2, 1]],
+        post=[[17, 17, 17, 13], [17, 17, 17, 17]], places=[145.68163548, 339.57293599, 598.85140805, 160.2600682]),
+    "deformable": dict(
+        logits=[1.1182626721, 0.056672150548, -0.85731797137, 1.652124494, 0.1771290078, 2.1115508959, 0.80583551393,
+                2.2922455376],
+        boxes=[0.34748378868, 0.31921202509, 0.49385043328, 0.56584213757, 0.83575837495, 0.35370567275, 0.50168869931,
+               0.32770004178],
+        total=20140.07289249081, matches=[[3, 15, 105, 232, 261], [2, 0, 1, 3, 4], [22, 75, 146], [0, 2, 1]],
+        post=[[32, 63, 32, 63], [32, 32, 63, 32]], places=[89.749026649, 501.7838591, 448.59691315, 35.108582323]),
+    "deformable_two_stage": dict(
+        logits=[3.0233635946, 0.075030010125, -0.73034197173, 1.4189708463, -0.17754764195, 2.4241180563, 1.4439417723,
+                1.7028422855],
+        boxes=[0.99847670736, 0.031328359255, 0.074759341902, 0.74023323401, 0.98916001719, 0.031650569231,
+               0.099339110214, 0.78208934458],
+        total=53045.10688885475, matches=[[34, 53, 157, 171, 182], [3, 2, 1, 4, 0], [48, 147, 238], [2, 1, 0]],
+        post=[[0, 0, 0, 0], [0, 0, 0, 0]], places=[604.45691733, 27.416567339, 666.15403537, 0.053110093787]),
+    "dn": dict(
+        logits=[-0.010161391542, 0.33386233824, -0.72177177814, -0.13119124471, 0.63428612722, 0.49633855526,
+                0.39911899075, 0.45252081134],
+        boxes=[0.16746894217, 0.13272254237, 0.79988704687, 0.76084391584, 0.64408755214, 0.79058121498, 0.78673022878,
+               0.47996156137],
+        total=11156.867545128638, matches=[[90, 138, 179, 224, 268], [3, 2, 1, 4, 0], [156, 203, 268], [2, 1, 0]],
+        post=[[64, 64, 64, 64], [64, 64, 64, 64]], places=[-128.00605362, 241.06967364, 299.42979582, -119.13475171]),
+    "dino": dict(
+        logits=[-0.43625626587, -0.26353372119, 0.51873954917, -1.3836817566, 1.4447723098, -0.71698907171,
+                0.52523079979, -1.1455013489],
+        boxes=[0.85484396775, 0.93883021295, 0.17668946751, 0.0056553480202, 0.92249777991, 0.08663269048,
+               0.19195576962, 0.022395941423],
+        total=37726.3517371003, matches=[[141, 475, 478, 610, 775], [2, 1, 3, 4, 0], [320, 385, 662], [2, 1, 0]],
+        post=[[64, 64, 9, 9], [64, 64, 64, 64]], places=[524.97831963, 481.15423214, 672.49274652, 383.14928522])}
+
+
+def fill(key, shape):
+    """A float64 tensor from its name and shape: unit variance out for unit variance in."""
+    g, shape = name_rng(key), tuple(shape)
+    if key.endswith("running_var"):
+        return g.uniform(0.5, 1.5, shape)
+    if key.endswith("running_mean"):
+        return g.uniform(-0.2, 0.2, shape)
+    if key.endswith("sampling_offsets.bias"):
+        return g.uniform(-2.0, 2.0, shape)
+    if len(shape) >= 2:
+        bound = (3.0 / int(np.prod(shape[1:]))) ** 0.5
+        return g.uniform(-bound, bound, shape)
+    return g.uniform(0.8, 1.2, shape) if key.endswith("weight") else g.uniform(-0.1, 0.1, shape)
+
+
+def name_rng(name):
+    return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+
+
+def fill_batch(num_classes):
+    """Two images of different sizes, padded to [2, 3, 320, 480], their mask, and five and three targets."""
+    images, targets = torch.zeros(2, 3, 320, 480, dtype=torch.float64), []
+    mask = torch.ones(2, 320, 480, dtype=torch.bool)
+    for i, (h, w, count) in enumerate([(320, 416, 5), (256, 480, 3)]):
+        g = name_rng(f"image{i}")
+        y, x = np.mgrid[0:h, 0:w] / 64.0
+        waves = [np.sin(g.uniform(0.5, 2, 1) * x + g.uniform(0.5, 2, 1) * y + g.uniform(0, 6, 1)) for _ in range(3)]
+        images[i, :, :h, :w] = torch.from_numpy(np.stack(waves) + 0.3 * g.standard_normal((3, h, w)))
+        mask[i, :h, :w] = False
+        g = name_rng(f"target{i}")
+        labels = torch.from_numpy(g.integers(0, num_classes, count))
+        wh = torch.from_numpy(g.uniform(0.05, 0.4, (count, 2)))
+        centre = torch.from_numpy(g.uniform(0.0, 1.0, (count, 2))) * (1 - wh) + wh / 2
+        targets.append({"labels": labels, "boxes": torch.cat([centre, wh], 1)})
+    return images, mask, targets
+
+
+def published_names(model):
+    """{the authors' name: (our name, the name it is filled by)} of a model's tensors, with clones and second names."""
+    cfg, names = model.cfg, {}
+    detrex, dino_like = cfg.content == "memory", cfg.denoising == "cdn"
+    for own in model.state_dict():
+        if own.endswith("num_batches_tracked"):
+            continue
+        kind = own.split(".")[0]
+        mlp = re.sub(r"\.(\d+)\.(weight|bias)$", lambda m: f".layers.{int(m[1]) // 2}.{m[2]}", own)
+        if kind in ("class_embed", "bbox_embed", "enc_class_embed", "enc_bbox_embed"):
+            short = kind.removeprefix("enc_")
+            rest = (mlp if "bbox" in kind else own).removeprefix(kind + ".")
+            if kind.startswith("enc_"):
+                indices = [cfg.decoder_layers] if detrex or not dino_like else [None]
+            else:
+                index, rest = rest.split(".", 1)
+                indices = range(cfg.decoder_layers) if cfg.shared_heads else [int(index)]
+            for i in indices:
+                if i is None:
+                    name = f"transformer.enc_out_{short}.{rest}"
+                    names[name] = own, name
+                    continue
+                name = f"{short}.{i}.{rest}" if cfg.attention == "deformable" else f"{short}.{rest}"
+                one_of_many = cfg.shared_heads and cfg.attention == "deformable"                 # the last one is used
+                winner = f"{short}.{cfg.decoder_layers - 1}.{rest}" if one_of_many else name
+                names[name] = own, winner
+                if cfg.refine and (short == "bbox_embed" or cfg.two_stage):
+                    names[f"transformer.decoder.{name}"] = own, winner
+            continue
+        if kind == "backbone":
+            name = own.replace("backbone.", "backbone.0.body.", 1)
+        elif kind in ("encoder", "decoder"):
+            name = re.sub(r"^(\w+)\.", r"transformer.\1.layers.", own)
+            if cfg.attention == "dense":
+                name = name.replace("cross_attn", "multihead_attn")
+            elif kind == "decoder" and not detrex:
+                name = name.replace("norm1", "norm0").replace("norm2", "norm1").replace("norm0", "norm2")
+        elif kind == "decoder_norm":
+            name = own.replace("decoder_norm", "transformer.decoder.norm")
+        elif kind in ("ref_point_head", "query_scale"):
+            name = "transformer.decoder." + mlp
+        elif kind in ("level_embed", "reference_points", "enc_output", "enc_output_norm", "pos_trans", "pos_trans_norm",
+                      "time_embed") or (kind == "tgt_embed" and dino_like):
+            name = "transformer." + own
+        else:
+            name = own
+        for pattern, to in DETREX if detrex else ():
+            name = re.sub(pattern, to, name)
+        names[name] = own, name
+    if detrex:
+        for name in SCHEDULE:
+            names[name] = None, name
+    return names
+
+
+DETREX = [
+    (r"^backbone\.0\.body\.(conv1|bn1)", r"backbone.stem.\1"), (r"^backbone\.0\.body\.", "backbone."),
+    (r"layer(\d)", lambda m: f"res{int(m[1]) + 1}"), (r"downsample\.0", "shortcut"),
+    (r"downsample\.1", "shortcut.norm"),
+    (r"\.bn(\d)\.", r".conv\1.norm."), (r"^input_proj\.3\.", "neck.extra_convs.0."), (r"^input_proj\.", "neck.convs."),
+    (r"^(neck\.\w+\.\d)\.0", r"\1.conv"), (r"^(neck\.\w+\.\d)\.1", r"\1.norm"), ("level_embed", "level_embeds"),
+    (r"(encoder.*)self_attn", r"\1attentions.0"), (r"(decoder.*)self_attn", r"\1attentions.0.attn"),
+    ("cross_attn", "attentions.1"), (r"\.linear1\.", ".ffns.0.layers.0.0."), (r"\.linear2\.", ".ffns.0.layers.1."),
+    (r"\.norm(\d)\.", lambda m: f".norms.{int(m[1]) - 1}."), (r"\.time\.(\d)\.", r".time_step_embeds.\1.emb_layers.")]
+SCHEDULE = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+            "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+            "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"]
+
+
+def published_state(model, filled=None, add=None):
+    """The published state dict of a model's shapes: zeros without memory, or filled, with the factors of `filled`."""
+    shapes = {k: v.shape for k, v in model.state_dict().items()}
+    state = {}
+    for name, (own, source) in published_names(model).items():
+        shape = shapes[own] if own else torch.Size([100])
+        if filled is None or own is None:
+            state[name] = torch.zeros(1).expand(shape)
+            continue
+        value = fill(source, shape)
+        for pattern, factor in filled.items():
+            if re.search(pattern, source):
+                value = value * factor
+        state[name] = torch.from_numpy(value + (add or {}).get(source, 0.0))
+    if filled is FILL_SCALE["detr"]:
+        bias = [int(n) / 1000 for n in DETR_INPUT_PROJ_BIAS.split()]
+        state["input_proj.bias"] = torch.tensor(bias, dtype=torch.float64)
+    return state
+
+
+def published_model(name, add=None, scale=None, **changes):
+    model = build_model(name, **changes).double().eval()
+    weights.load_weights(model, published_state(model, scale or FILL_SCALE[name], add))
+    return model
+
+
+@contextlib.contextmanager
+def pinned_draws(**draws):
+    """torch.rand, randn, randint, ... give the listed tensors, in order."""
+    with contextlib.ExitStack() as stack:
+        for name, values in draws.items():
+            stack.enter_context(mock.patch(f"torch.{name}", side_effect=list(values)))
+        yield
+
+
+def picked(x, count=8):
+    """`count` entries spread over a tensor, from its first on."""
+    x = x.detach().flatten()
+    return x[torch.arange(count) * (len(x) // (count + 1) | 1)].tolist()
+
+
+def close(ours, published, tolerance=1e-8):
+    ours, published = np.asarray(ours), np.asarray(published)
+    assert np.abs(ours - published).max() <= tolerance * max(1.0, np.abs(published).max()), (ours, published)
+
+
+def check_published(name, train=False, draws=None, gradients=None, **changes):
+    """A model with the authors' weights gives the authors' numbers: outputs, matches, total loss, detections and, for
+    `gradients` {parameter: norm}, the total's gradients."""
+    expected, model = EXPECTED[name], published_model(name, **changes)
+    images, mask, targets = fill_batch(91)
+    with torch.set_grad_enabled(gradients is not None), pinned_draws(**(draws or {})):
+        outputs = model.train(train)(images, mask, targets) if train else model(images, mask)
+        losses = matcher.Criterion(model.cfg)(outputs, targets)
+    # Ten digits are written above.
+    close(picked(outputs["logits"][-1]), expected["logits"], 1e-9)
+    close(picked(outputs["boxes"][-1]), expected["boxes"], 1e-9)
+    close(losses["total"].item(), expected["total"], 1e-11)
+    _, image, query, target = matcher.match([(outputs["logits"][-1:], outputs["boxes"][-1:], targets)], model.cfg)[0]
+    assert [t[image == i].tolist() for i in (0, 1) for t in (query, target)] == expected["matches"]
+    answers = evaluation.postprocess(outputs, torch.tensor([[480, 640], [384, 720]]), model.cfg)
+    assert [a["labels"][:4].tolist() for a in answers] == expected["post"]
+    close(picked(torch.stack([a["boxes"][:4] for a in answers]), 4), expected["places"], 1e-9)
+    if gradients:
+        found = torch.autograd.grad(losses["total"], [model.get_parameter(name) for name in gradients])
+        close([g.norm().item() for g in found], list(gradients.values()), 1e-11)
+
+
+def cdn_draws(rows):
+    sign = torch.from_numpy(name_rng("cdn_sign").integers(0, 2, (rows, 4)))
+    part = torch.from_numpy(name_rng("cdn_part").uniform(0, 1, (rows, 4)))
+    return dict(rand=[torch.ones(rows), part], randint=[torch.zeros(rows, dtype=torch.long), sign])
+
+
+# ----------------------------------------------------------------------------------- the models, against published code
+
+def test_parity_detr():
+    check_published("detr")
+
+
+def test_parity_deformable():
+    check_published("deformable", gradients={
+        "level_embed": 373.6833101350091,
+        "encoder.0.self_attn.sampling_offsets.weight": 973.8882286198134,
+        "reference_points.weight": 565.7784308406964,
+        "bbox_embed.0.4.weight": 53.58618896034537})
+
+
+def test_parity_two_stage():
+    check_published("deformable_two_stage")
+
+
+def test_parity_dn():
+    """In training, with its denoising queries without noise: matching queries give what they give in evaluation."""
+    draws = dict(rand=[torch.ones(40), torch.full((40, 4), 0.5)], randint=[torch.zeros(40, dtype=torch.long)])
+    check_published("dn", train=True, draws=draws, box_noise=0.0)
+
+
+def test_parity_dino():
+    check_published("dino", train=True, draws=cdn_draws(320))
+
+
+def test_parity_diffu_dino_decoder():
+    """One evaluation at t = 99 from stored noise."""
+    model = published_model("diffu_dino_published", evaluations=1)
+    images, mask, _ = fill_batch(80)
+    noise = [n for k in (0, 1) for n in torch.from_numpy(name_rng(f"noise{k}").standard_normal((2, 900, 4)))]
+    with torch.no_grad(), pinned_draws(randn=noise):
+        outputs = model(images, mask)
+    close(picked(outputs["logits"][-1, :, :20]), [
+        -1.2112954492, -0.06468552106, -0.67499283024, 0.2164640545, -0.81610386027, -0.78829002584, 1.0620758018,
+        -0.23759040589], 1e-9)
+    close(picked(outputs["boxes"][-1]), [
+        0.39168894976, 0.80081330921, 0.39002493399, 0.55183959657, 0.69998865649, 0.47633710935, 0.54830406641,
+        0.51794064556], 1e-9)
+
+
+def test_parity_diffu_dino_sampling():
+    """Three evaluations, renewal and ensemble. The authors' schedule is rounded to float32, ours is not."""
+    model = published_model("diffu_dino_published", {"class_embed.5.bias": -18.6}, {r"class_embed\.5\.weight": 8.0})
+    images, mask, _ = fill_batch(80)
+    noise = [torch.from_numpy(name_rng(f"noise{k}").standard_normal((1, 900, 4)))[0] for k in range(4)]
+    with torch.no_grad(), pinned_draws(randn=noise):
+        outputs = model(images[:1, :, :, :416], mask[:1, :, :416])
+    score = outputs["evaluations"]["logits"].sigmoid().amax(-1)[:, 0]
+    assert [(score[0] > 0.66).sum().item(), (score[1] > 0.33).sum().item()] == [101, 873]         # what renewal keeps
+    answer = evaluation.postprocess(outputs, torch.tensor([[320, 416]]), model.cfg)[0]
+    assert len(answer["scores"]) == 300
+    assert answer["labels"][:8].tolist() == [1, 1, 55, 55, 55, 1, 1, 1]
+    close(answer["scores"][:8], [0.979921274, 0.977948116, 0.97640097, 0.976328854, 0.975253073, 0.974435563,
+                                 0.97442978, 0.972972318], 1e-6)
+    close(picked(answer["boxes"][:8]), [101.82997632, 233.16581476, 396.62169767, 145.05487403, 206.01417266,
+                                        266.77462753, 416.0, 160.56501517], 1e-6)
+
+
+def test_parity_diffu_dino_training():
+    """Noised references, denoising queries and all losses."""
+    model = published_model("diffu_dino_published").train()
+    images, mask, targets = fill_batch(80)
+    draws = cdn_draws(960)
+    draws["randint"] = [torch.tensor([30, 70]), *draws["randint"]]
+    draws["randn"] = [torch.from_numpy(name_rng(f"{key}{i}").standard_normal((rows, 4))) for i, n in enumerate((5, 3))
+                      for key, rows in (("pad", 900 - n), ("q", 900))]
+    with torch.no_grad(), pinned_draws(**draws, randperm=[torch.arange(900)] * 2):
+        outputs = model(images, mask, targets)
+        total = matcher.Criterion(model.cfg)(outputs, targets)["total"].item()
+    close(picked(outputs["boxes"][-1]), [
+        0.67065216163, 0.21987562731, 0.82409372204, 0.54488958661, 0.71671052889, 0.48242190595, 0.99921458503,
+        0.0013067781781], 1e-5)
+    close(total, 69526.37884923526, 1e-6)
+
+
+def test_parity_msda():
+    value = torch.from_numpy(name_rng("msda_value").standard_normal((2, 256, 8, 32))).requires_grad_()
+    locations = torch.from_numpy(name_rng("msda_loc").uniform(-0.2, 1.2, (2, 50, 8, 4, 4, 2))).requires_grad_()
+    attention = torch.from_numpy(name_rng("msda_attn").standard_normal((2, 50, 8, 16))).softmax(-1)
+    attention = attention.view(2, 50, 8, 4, 4).requires_grad_()
+    out = msda.msda(value, [(12, 16), (6, 8), (3, 4), (2, 2)], locations, attention)
+    out.backward(torch.from_numpy(name_rng("msda_grad").standard_normal((2, 50, 256))))
+    close(picked(out, 4), [0.15840885643, 0.09650539657, 0.17882717442, 0.017678043499], 1e-9)
+    close(picked(value.grad, 4), [0.0007511216715, -1.0742236012e-05, 0.18522217964, 0.084644974896], 1e-9)
+    close(picked(locations.grad, 4), [-0.26125806638, -0.47652863885, 2.1711630027, 0.0], 1e-9)
+    close(picked(attention.grad, 4), [0.13170110342, -4.8038421524, 0.0, 5.1468127785], 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ names and recognition
+
+def test_weights_published_names():
+    """The rebuilt names and shapes are the released files', to the last one."""
+    for name, facts in PUBLISHED_KEYS.items():
+        state = published_state(build_model(name))
+        lines = "\n".join(sorted(f"{k} {list(v.shape)}" for k, v in state.items()))
+        assert (len(state), zlib.crc32(lines.encode())) == facts, name
+
+
+def test_weights_siblings():
+    """Every published member: recognised, loaded strictly, with its published number of parameters."""
+    for name, changes, file, parameters in [
+            ("detr", {}, "detr-r50-e632da11.pth", 41_524_768),
+            ("detr_dc5", {}, "detr-r50-dc5-f0fb7ef5.pth", 41_524_768),
+            ("detr", dict(backbone="resnet101"), "detr-r101-2c7b67e5.pth", None),
+            ("detr_dc5", dict(backbone="resnet101"), "detr-r101-dc5-a2e86def.pth", None),
+            ("deformable", {}, "r50_deformable_detr-checkpoint.pth", 40_069_665),
+            ("deformable_single", {}, "r50_deformable_detr_single_scale-checkpoint.pth", 34.07e6),
+            ("deformable_single", dict(dilation=True), "r50_deformable_detr_single_scale_dc5-checkpoint.pth", 34.07e6),
+            ("deformable_refine", {}, "r50_deformable_detr_plus_iterative_bbox_refinement-checkpoint.pth", 40.85e6),
+            ("deformable_two_stage", {}, "r50_deformable_detr_plus_two_stage-checkpoint.pth", 41_181_529),
+            ("dn", {}, "checkpoint.pth", 47_429_154),
+            ("dino", {}, "checkpoint0011_4scale.pth", 46_893_182),
+            ("dino", dict(num_classes=7, num_queries=30, ffn=1024, encoder_layers=3), "mine.pth", None),
+            ("diffu_dino_published", {}, "model_final.pth", None),
+            ("diffu_dino_published", dict(num_classes=1203), "lvis.pth", None)]:
+        model = build_model(name, **changes)
+        state = published_state(model)
+        assert weights.detect(state, file) == (name, changes), (file, weights.detect(state, file))
+        assert weights.load_weights(model, state) == sum("num_batches" not in k for k in model.state_dict())
+        count = sum(p.numel() for p in model.parameters())
+        assert parameters is None or count == parameters or round(count / 1e6, 2) == parameters / 1e6, (file, count)
+
+
+def test_weights_forms():
+    """The wrappings of released files: prefixes, counters, averages, second names only."""
+    model = build_model("deformable_two_stage", encoder_layers=1, decoder_layers=2, num_queries=10)
+    state = {k: v.clone() for k, v in published_state(model).items()}
+    state["bbox_embed.1.layers.0.weight"] += 1
+    extra = {"transformer.encoder.layers.0.linear1.total_params": torch.ones(1), "total_ops": torch.zeros(1),
+             "backbone.0.body.bn1.num_batches_tracked": torch.tensor(3)}
+    average = {k: v + 2 for k, v in state.items() if not k.startswith(("class_embed", "bbox_embed"))}
+    for source, value in [
+            ({"model": state | extra, "epoch": 49}, 1.0), ({"module." + k: v for k, v in state.items()}, 1.0),
+            ({"model": state, "ema_state": average}, 2.0), ({"model": state, "ema_state": {}}, 1.0)]:
+        weights.load_weights(model, source)
+        assert (model.bbox_embed[1][0].weight == value).all()
+
+
+def test_weights_shared_head_winner():
+    """Where a shared head's copies disagree, the top level's last one is loaded last by the authors' code, too."""
+    model = build_model("dino", encoder_layers=1, decoder_layers=3, num_queries=10)
+    state = {k: v.clone() for k, v in published_state(model).items()}
+    for i in range(3):
+        state[f"class_embed.{i}.bias"] += i
+        state[f"transformer.decoder.class_embed.{i}.bias"] += 10
+    weights.load_weights(model, dict(reversed(state.items())))
+    assert (model.class_embed[0].bias == 2).all()
+
+
+def test_weights_own_state_dicts():
+    """Our own bare state dicts are recognised as well."""
+    for name in variants.VARIANTS:
+        changes = dict(num_classes=3, d_model=64, ffn=128, encoder_layers=1, decoder_layers=2, backbone_norm="batch")
+        if not variants.VARIANTS[name].dilation:
+            changes["backbone"] = "resnet18"
+        model = build_model(name, **changes)
+        found, overrides = weights.detect(model.state_dict(), name)
+        assert (found, overrides) == (name, changes), (found, overrides)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+def weights_error(call, *words):
+    """Calling raises a WeightsError that holds all words; returns its text."""
+    try:
+        call()
+    except weights.WeightsError as error:
+        missing = [w for w in words if w not in str(error)]
+        assert not missing, f"{missing} not in: {error}"
+        return str(error)
+    raise AssertionError("no WeightsError")
+
+
+def test_weights_wrong_variant():
+    """Every file in every other model: an error that names the right variant, and an untouched model."""
+    names = ("detr", "deformable", "deformable_refine", "deformable_two_stage", "dino", "diffu_dino_published")
+    models = {name: build_model(name, encoder_layers=1, decoder_layers=2) for name in names}
+    states = {name: published_state(model) for name, model in models.items()}
+    for name, model in models.items():
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        for other in names:
+            if other != name:
+                text = weights_error(lambda: weights.load_weights(model, states[other]), f"--variant {other} ")
+                assert "nothing was loaded" in text and (" missing: " in text or " unused: " in text)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_weights_wrong_names_and_shapes():
+    model = build_model("dino", encoder_layers=1, decoder_layers=2, num_queries=10, num_classes=4)
+    state = published_state(model)
+    renamed = {k.replace("enc_output_norm.weight", "enc_output_nrom.weight"): v for k, v in state.items()}
+    weights_error(lambda: weights.load_weights(model, renamed), "1 missing: enc_output_norm.weight",
+                  "1 unused: transformer.enc_output_nrom.weight")
+    other = build_model("dino", encoder_layers=1, decoder_layers=2, num_queries=20, num_classes=3)
+    weights_error(lambda: weights.load_weights(other, state), "of another shape", "[4, 256], the model's is [3, 256]",
+                  "--num-queries 10", "--num-classes 4")
+    weights_error(lambda: weights.fine_tune(other, state, False), "1 of another shape: transformer.tgt_embed.weight [10, 256]")
+    weights_error(lambda: weights.load_weights(model, {}), "no state dict")
+    weights_error(lambda: weights.load_weights(model, {"epoch": 3}), "'epoch'")
+    weights_error(lambda: weights.detect({"decoder.layers.0.sa_qcontent_proj.weight": torch.ones(1)}), "not built yet")
+    weights_error(lambda: weights.detect({"conv1.weight": torch.ones(1)}), "conv1.weight", "dino")
+
+
+class _RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("this-directory-must-not-appear",)
+
+
+def test_weights_bad_files():
+    model = build_model("detr", encoder_layers=1, decoder_layers=1, backbone="resnet18")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=1e-4, names=["a"])}, path)
+        loaded, meta = weights.load_checkpoint(path)
+        assert meta["variant"] == "detr" and not loaded.training
+        whole = path.read_bytes()
+        for content in (whole[:len(whole) // 2], b"", b"hello world\n" * 100):
+            path.write_bytes(content)
+            weights_error(lambda: weights.load_checkpoint(path), str(path), "cut short")
+        torch.save({"model": _RunsCode()}, path)
+        weights_error(lambda: weights.load_checkpoint(path), str(path), "refused", "could run code", "torch.save(")
+        torch.save(model, path)
+        weights_error(lambda: weights.load_checkpoint(path), str(path), "refused")
+        torch.save({"format": "minDETR", "variant": "detr"}, path)
+        weights_error(lambda: weights.load_checkpoint(path), str(path), "without config, recipe")
+        torch.save([1, 2], path)
+        weights_error(lambda: weights.load_checkpoint(path), "list")
+        weights_error(lambda: weights.load_checkpoint(Path(folder) / "none.pth"), "none.pth", "no such file")
+        weights_error(lambda: weights.load_checkpoint(folder), folder, "cannot be read")
+    assert not Path("this-directory-must-not-appear").exists()
+
+
+# -------------------------------------------------------------------------------------------- checkpoints and backbones
+
+TINY = dict(backbone="resnet18", backbone_norm="batch", d_model=64, ffn=64, encoder_layers=1, decoder_layers=2,
+            num_queries=9)
+
+
+def own_checkpoint(name="diffu_dino", num_classes=3):
+    model = build_model(name, num_classes=num_classes, dropout=0.0, **TINY)
+    return model, {
+        "format": "minDETR", "variant": name, "config": asdict(model.cfg),
+        "recipe": asdict(variants.RECIPES[name].but(image_size=128, max_size=128)), "classes": ["a", "b", "c"],
+        "category_ids": [1, 5, 7], "model": {k: v * 0 for k, v in model.state_dict().items()},
+        "ema": model.state_dict()}
+
+
+def test_weights_own_checkpoint():
+    """A round trip through a file: the average is preferred, overrides and meta arrive."""
+    model, checkpoint = own_checkpoint()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "last.pth"
+        weights.save(path, checkpoint)
+        loaded, meta = weights.load_checkpoint(path, evaluations=5)
+        assert loaded.cfg == model.cfg.but(evaluations=5) and not loaded.training
+        assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+        assert meta["classes"] == ["a", "b", "c"] and meta["category_ids"] == [1, 5, 7]
+        assert meta["variant"] == "diffu_dino" and meta["config"]["d_model"] == 64
+        assert meta["recipe"]["image_size"] == 128
+        weights_error(lambda: weights.load_checkpoint(path, num_queries=10), "tgt_embed.weight [9, 64]", str(path))
+        try:
+            weights.load_checkpoint(path, evaluatoins=5)
+        except variants.ConfigError as error:
+            assert "evaluatoins" in str(error)
+        else:
+            raise AssertionError("an unknown field was accepted")
+
+
+def test_weights_published_classes():
+    for num_classes, first, last in ((91, ("N/A", 0), ("toothbrush", 90)), (80, ("person", 1), ("toothbrush", 90)),
+                                     (3, ("class 0", 0), ("class 2", 2))):
+        names, ids = weights.coco_classes(num_classes)
+        assert len(names) == len(ids) == num_classes
+        assert (names[0], ids[0]) == first and (names[-1], ids[-1]) == last
+        assert num_classes == 3 or dict(zip(ids, names))[44] == "bottle"
+
+
+def test_weights_fine_tune():
+    """Another number of classes: heads and label embeddings stay fresh, the rest arrives, and the line says so."""
+    source, checkpoint = own_checkpoint()
+    model = build_model("diffu_dino", num_classes=5, dropout=0.0, **TINY)
+    fresh = model.class_embed[0].weight.clone()
+    line = weights.fine_tune(model, checkpoint, same_classes=False)
+    assert "new, for 5 classes: class_embed.0, enc_class_embed, label_enc" in line and "\n" not in line
+    assert torch.equal(model.class_embed[0].weight, fresh)
+    assert torch.equal(model.bbox_embed[0][0].weight, source.bbox_embed[0][0].weight)
+    same = build_model("diffu_dino", num_classes=3, dropout=0.0, **TINY)
+    assert "none new" in weights.fine_tune(same, checkpoint, same_classes=True)
+    # As many classes that mean something else need a new head as well.
+    assert "new, for 3 classes: class_embed.0" in weights.fine_tune(same, checkpoint, same_classes=False)
+
+
+def test_weights_save_fails():
+    """A full disk leaves the old file, no other, and an error that names it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "last.pth"
+        weights.save(path, {"a": torch.ones(1)})
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+            weights_error(lambda: weights.save(path, {"a": torch.zeros(1)}), str(path), "No space left on device")
+        assert torch.load(path, weights_only=True)["a"] == 1 and os.listdir(folder) == ["last.pth"]
+        for wrong in (Path(folder) / "none" / "last.pth", path / "last.pth"):
+            weights_error(lambda: weights.save(wrong, {}), str(wrong), "cannot be written")
+
+
+def test_weights_backbone():
+    """Torchvision's state dict by path; another ResNet, frozen random weights and no network are errors."""
+    resnet = torchvision.models.resnet18(weights=None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "resnet18.pth"
+        torch.save(resnet.state_dict(), path)
+        for norm in ("frozen", "batch"):
+            model = build_model("deformable", **(TINY | dict(backbone_norm=norm)))
+            weights.load_backbone(model, str(path))
+            assert torch.equal(model.backbone.layer4[1].conv2.weight, resnet.layer4[1].conv2.weight)
+        source, checkpoint = own_checkpoint()
+        weights.load_backbone(model, checkpoint)                                     # a detector's works, too
+        assert torch.equal(model.backbone.conv1.weight, source.backbone.conv1.weight)
+        other = build_model("detr", backbone="resnet34", encoder_layers=1, decoder_layers=1)
+        weights_error(lambda: weights.load_backbone(other, str(path)), "missing", "resnet34")
+        weights_error(lambda: weights.load_backbone(other, "none"), "--backbone-norm batch")
+        weights.load_backbone(model, "none")
+        with mock.patch("torch.hub.get_dir", return_value=folder), \
+                mock.patch("torch.hub.urlopen", side_effect=urllib.error.URLError("no network")):
+            weights_error(lambda: weights.load_backbone(other, "default"), "no network", "resnet34-", folder,
+                          "--backbone-weights none")
 
 
 # ============================================================================================================== data.py
@@ -1384,7 +1967,7 @@ def test_eval_command_errors():
 
 # ===================================================================================================== train.py
 
-TINY = ["--image-size", "64", "--max-size", "64", "--queries", "10", "--d-model", "64", "--ffn", "64", "--heads", "4",
+TINY_RUN = ["--image-size", "64", "--max-size", "64", "--queries", "10", "--d-model", "64", "--ffn", "64", "--heads", "4",
         "--encoder-layers", "1", "--decoder-layers", "2", "--batch-size", "4", "--micro-batch", "4", "--workers", "0"]
 
 
@@ -1436,7 +2019,7 @@ def test_train_whole_path_on_a_folder_with_its_own_classes():
         out = Path(folder) / "run"
         where = str(coco_folder(Path(folder) / "boxes"))
         code, said = run_quietly(["--variant", "dino", "--data", where, "--backbone-weights", "none", "--steps", "3",
-                                  "--eval-every", "1", "--out", str(out), *TINY])
+                                  "--eval-every", "1", "--out", str(out), *TINY_RUN])
         assert code == 0, said
         assert {"last.pth", "best.pth", "log.jsonl", "curves.png", "predictions.png", "run.json"} \
             <= {p.name for p in out.iterdir()}
@@ -1445,7 +2028,7 @@ def test_train_whole_path_on_a_folder_with_its_own_classes():
         built, meta = weights.load_checkpoint(out / "best.pth")
         assert meta["category_ids"] == [7 + 2 * i for i in data.ToyShapes(1).category_ids]
         assert meta["classes"] == data.ToyShapes(1).classes and not built.training
-        code, said = run_quietly(["--data", where, "--out", str(out), "--backbone-weights", "none", *TINY])
+        code, said = run_quietly(["--data", where, "--out", str(out), "--backbone-weights", "none", *TINY_RUN])
         assert code == 2 and "already holds a run" in said
 
 
@@ -1453,7 +2036,7 @@ def test_train_resume_continues_as_if_never_stopped():
     """Stop by SIGTERM in the middle of an epoch, resume: the last weights equal the uninterrupted run's, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         common = ["--variant", "diffu_dino", "--data", str(coco_folder(Path(folder) / "boxes", photos=9)), "--steps", "5",
-                  "--backbone-weights", "none", "--dropout", "0.1", "--ema", "0.9", *TINY]
+                  "--backbone-weights", "none", "--dropout", "0.1", "--ema", "0.9", *TINY_RUN]
         whole, cut = str(Path(folder) / "whole"), str(Path(folder) / "cut")
         assert run_quietly(common + ["--out", whole])[0] == 0
         original = train.forward_backward
@@ -1476,18 +2059,37 @@ def test_train_resume_continues_as_if_never_stopped():
             assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
 
 
+def test_train_fine_tunes_and_keeps_a_head_that_fits():
+    """Other classes get a new head and label embedding, everything else is kept; the same classes keep all of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        first, where = folder + "/first", str(coco_folder(Path(folder) / "boxes"))
+        assert run_quietly(["--variant", "dino", "--steps", "1", "--out", first, *TINY_RUN])[0] == 0
+        start = ["--weights", first + "/last.pth", "--steps", "1", "--batch-size", "4", "--workers", "0"]
+        code, said = run_quietly([*start, "--data", where, "--freeze", "backbone,encoder", "--out", folder + "/other"])
+        assert code == 0 and "new, for 5 classes" in said and "class_embed" in said and "label_enc" in said, said
+        a, b = (weights.read_checkpoint(f"{folder}/{run}/last.pth") for run in ("first", "other"))
+        assert b["category_ids"] != a["category_ids"] and b["variant"] == "dino"
+        for name in ("backbone.layer4.0.conv1.weight", "encoder.0.linear1.weight", "backbone.bn1.running_mean"):
+            assert torch.equal(a["ema"][name], b["model"][name]), name                                       # frozen
+        assert not torch.equal(a["ema"]["decoder.0.linear1.weight"], b["model"]["decoder.0.linear1.weight"])
+        code, said = run_quietly([*start, "--data", "toy", "--out", folder + "/same"])
+        assert code == 0 and "none new" in said
+        code, said = run_quietly([*start, "--variant", "detr"])
+        assert code == 2 and "leave --variant away" in said
+
+
 def test_train_a_loss_that_is_not_finite_names_the_images():
     with tempfile.TemporaryDirectory() as folder:
         where = str(coco_folder(Path(folder) / "boxes"))
         original = train.forward_backward
         with mock.patch.object(train, "forward_backward", lambda *a: original(*a) | {"total": float("nan")}):
-            code, said = run_quietly(["--data", where, "--backbone-weights", "none", "--out", folder + "/o", *TINY])
+            code, said = run_quietly(["--data", where, "--backbone-weights", "none", "--out", folder + "/o", *TINY_RUN])
         assert code == 2 and "image ids [" in said and "last.pth" in said
 
 
 def test_train_rate_groups_and_schedule():
     recipe = variants.RECIPES["deformable"]
-    built = model.build_model("deformable", backbone="resnet18", encoder_layers=1, decoder_layers=1)
+    built = build_model("deformable", backbone="resnet18", encoder_layers=1, decoder_layers=1)
     groups = train.parameter_groups(built, recipe)
     assert sorted({g["lr"] for g in groups}) == [2e-5, 2e-4]
     size = {id(p): g["lr"] for g in groups for p in g["params"]}

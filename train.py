@@ -63,6 +63,8 @@ def parse(argv):
                          ("the recipe (Recipe; defaults are the variant's or the preset's)", Recipe)):
         group = parser.add_argument_group(title)
         for f in fields(table):
+            if f.name == "num_classes":                                                       # follows from the data
+                continue
             flag = "--" + f.name.replace("_", "-")
             if f.type in (bool, "bool"):
                 group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f.metadata["help"])
@@ -105,6 +107,7 @@ def settle(given):
         row = row.but(**variants.SMALL)
         recipe = recipe.but(**(variants.TOY_RECIPE if run["data"] == "toy" else variants.SMALL_RECIPE))
     if run["weights"]:
+        run["known"] = dict(zip(meta["category_ids"], meta["classes"]))
         row = Config(**meta["config"])
         recipe = recipe.but(backbone_weights="none", image_size=meta["recipe"]["image_size"],
                             max_size=meta["recipe"]["max_size"])
@@ -190,22 +193,28 @@ def train(run, cfg, recipe, checkpoint=None):
     torch.manual_seed(run["seed"])
     device = torch.device(run["device"])
 
-    # Data. The label map (label -> category id) is the checkpoint's where there is one that fits.
-    label_map = checkpoint["category_ids"] if checkpoint else None
+    # Data. Labels count the data's categories; a checkpoint's own label map is kept where it knows all of them.
     plain = data.eval_transform(recipe.image_size, recipe.max_size)
     augment = plain if run["overfit"] else data.train_transform(recipe.image_size, recipe.max_size, crop=recipe.crop)
-    where = dict(data=run["data"], data_root=run["data_root"], image_size=recipe.image_size)
-    train_set = data.open_data(**where, split="train", transform=augment, category_ids=label_map)
-    val_set = data.open_data(**where, split="train" if run["overfit"] else "val", transform=plain,
-                             category_ids=train_set.category_ids)
+
+    def opened(split, transform, category_ids):
+        return data.open_data(run["data"], run["data_root"], split, transform, category_ids, recipe.image_size)
+
+    known = run.get("known") or {}
+    train_set = opened("train", augment, checkpoint["category_ids"] if checkpoint else None)
+    classes = checkpoint["classes"] if checkpoint else train_set.classes
+    same_classes = bool(known) and all(known.get(i) == n for i, n in zip(train_set.category_ids, classes))
+    if same_classes and not checkpoint:
+        train_set, classes = opened("train", augment, list(known)), list(known.values())
+    val_set = opened("train" if run["overfit"] else "val", plain, train_set.category_ids)
     photos = min(run["overfit"] or len(train_set), len(train_set))
 
     # Model.
-    if not checkpoint and not run["weights"]:
-        cfg = cfg.but(num_classes=len(train_set.classes))
+    if not checkpoint:
+        cfg = cfg.but(num_classes=len(classes))
     model = Detector(cfg)
     if run["weights"] and not checkpoint:
-        print(weights.fine_tune(model, run["weights"]))
+        print(weights.fine_tune(model, run["weights"], same_classes))
     elif not checkpoint:
         weights.load_backbone(model, recipe.backbone_weights)
     frozen = freeze(model, [n for n in run["freeze"].split(",") if n])
@@ -236,7 +245,7 @@ def train(run, cfg, recipe, checkpoint=None):
     def save(name, whole=True):
         """Write a checkpoint; `whole` ones can be resumed."""
         content = {"format": "minDETR", "variant": run["variant"], "config": asdict(cfg), "recipe": asdict(recipe),
-                   "classes": train_set.classes, "category_ids": train_set.category_ids, "step": step,
+                   "classes": classes, "category_ids": train_set.category_ids, "step": step,
                    "model": model.state_dict(), "ema": average.module.state_dict() if average else None}
         if whole:
             content |= {"run": run, "optimizer": optimizer.state_dict(), "best": best, "rng": torch.get_rng_state(),
@@ -290,8 +299,9 @@ def train(run, cfg, recipe, checkpoint=None):
         if step == total or (epoch + 1) % recipe.eval_every == 0:
             started = time.time()
             tested = average.module if average else model
-            metrics, _ = evaluation.evaluate(tested, val_set, batch_size=recipe.micro_batch, device=device,
-                                             workers=run["workers"], limit=run["overfit"] or None)
+            with torch.autocast(device.type, torch.bfloat16, enabled=run["amp"] == "bf16"):
+                metrics, _ = evaluation.evaluate(tested, val_set, batch_size=recipe.micro_batch, device=device,
+                                                 workers=run["workers"], limit=run["overfit"] or None)
             log.write(json.dumps({"step": step, "epoch": epoch + 1, "seconds": round(time.time() - started, 1),
                                   **{k: round(v, 5) for k, v in metrics.items()}}) + "\n")
             bar.write(f"step {step}: AP {metrics['AP']:.3f} AP50 {metrics['AP50']:.3f}")

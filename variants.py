@@ -253,7 +253,7 @@ SMALL = dict(backbone="resnet18", d_model=128, ffn=512, encoder_layers=2, decode
              dn_queries=20, detections=100)
 SMALL_RECIPE = dict(epochs=50, lr=5e-4, lr_backbone=5e-4, lr_points=0.3, lr_drop=0.8, warmup=100, decay_norms=False,
                     ema=0.999, batch_size=16, micro_batch=16, image_size=320, max_size=533, eval_every=5)
-TOY_RECIPE = SMALL_RECIPE | dict(epochs=10, image_size=128, max_size=128, crop=False, backbone_weights="none",
+TOY_RECIPE = SMALL_RECIPE | dict(epochs=8, image_size=128, max_size=128, crop=False, backbone_weights="none",
                                  eval_every=2)
 
 

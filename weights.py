@@ -15,6 +15,7 @@ Read `RULES`, `own_names`, `put`; then `detect`, which recognises a file. The re
 torch.load is only ever called with weights_only=True: a pickle that wants to run code is refused.
 """
 import argparse
+import contextlib
 import http.client
 import os
 import pickle
@@ -111,16 +112,16 @@ def own_names(keys, cfg=None):
     return names
 
 
-def put(module, state, names, label, advice, replaceable=None):
+def put(module, state, names, label, advice, replaceable=None, replace_all=False):
     """Load a state dict under our names (`own_names`) into a module; every tensor must fit.
 
-    Tensors of another shape whose names match `replaceable` keep the module's values. Returns (names loaded, names
-    kept). Raises WeightsError, with the module untouched; `advice` makes its last line.
+    Tensors of another shape whose names match `replaceable`, or all that match, keep the module's values. Returns (names
+    loaded, names kept). Raises WeightsError, with the module untouched; `advice` makes its last line.
     """
     wanted = {k: v for k, v in module.state_dict().items() if not IGNORED.search(k)}
     found = {name: state[key] for key, name in names.items()}
     other = {k for k in found if k in wanted and found[k].shape != wanted[k].shape}
-    kept = {k for k in other if replaceable and re.match(replaceable, k)}
+    kept = {k for k in (found if replace_all else other) if replaceable and re.match(replaceable, k)}
     problems = {
         "missing": [k for k in wanted if k not in found],
         "unused": [key for key, name in names.items() if name not in wanted],
@@ -135,7 +136,7 @@ def put(module, state, names, label, advice, replaceable=None):
     return list(loaded), sorted(kept)
 
 
-# ============================================================================================================== the file
+# ============================================================================================================= the file
 
 def read_checkpoint(path):
     """The dict in a checkpoint file, on the CPU. Raises WeightsError if it is absent, damaged, or wants to run code."""
@@ -150,8 +151,8 @@ def read_checkpoint(path):
         if isinstance(error, pickle.UnpicklingError):
             what = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f" ({what[1]})" if what else ""
-            raise WeightsError(f"{path}: refused, as it is a pickle of more than tensors{what} and loading it could run "
-                               "code. Save the state dict alone where it was made: torch.save(model.state_dict(), "
+            raise WeightsError(f"{path}: refused, as it is a pickle of more than tensors{what} and loading it could "
+                               "run code. Save the state dict alone where it was made: torch.save(model.state_dict(), "
                                "path)") from None
         size = os.path.getsize(path)
         raise WeightsError(f"{path}: not a checkpoint, or cut short ({size:,} bytes): copy it again") from None
@@ -244,6 +245,9 @@ def detect(state, name=""):
 def identify(checkpoint, label):
     """(variant, overrides) of a checkpoint: as it says itself (ours), or as `detect` finds."""
     if checkpoint.get("format") == "minDETR":
+        absent = [k for k in ("variant", "config", "recipe", "classes", "category_ids", "model") if k not in checkpoint]
+        if absent:
+            raise WeightsError(f"{label}: a minDETR checkpoint without {', '.join(absent)}: save it anew")
         row = asdict(variants.variant(checkpoint["variant"]))
         config = checkpoint["config"].items()
         return checkpoint["variant"], {k: v for k, v in config if k not in row or row[k] != v}
@@ -257,7 +261,8 @@ def likely(checkpoint, label):
     except WeightsError as error:
         return str(error)
     code = "".join(f", {k}={v!r}" for k, v in overrides.items())
-    flags = "".join(f" --{k.replace('_', '-')} {v}" for k, v in overrides.items())
+    flags = "".join(f" --{'no-' * (v is False)}{k}{f' {v}' * (type(v) is not bool)}" for k, v in overrides.items())
+    flags = flags.replace("_", "-")
     return (f"It looks like: build_model({variant!r}{code}), or --variant {variant}{flags}; for another number of "
             "classes, start from it with fine_tune")
 
@@ -285,23 +290,25 @@ def load_weights(model, source):
     return len(_load(model, *opened(source))[0])
 
 
-def fine_tune(model, source):
-    """Start from a checkpoint with another number of classes.
+def fine_tune(model, source, same_classes):
+    """Start from a checkpoint that was trained on something else.
 
-    Class heads and label embeddings that do not fit keep the model's fresh values; everything else must fit.
+    Class heads and label embeddings keep the model's fresh values, unless the labels mean the same (`same_classes`) and
+    their number fits; everything else must fit.
 
     Returns one line on what was kept and what is new. Raises WeightsError as `load_weights`.
     """
     checkpoint, label = opened(source)
-    loaded, fresh = _load(model, checkpoint, label, r"(class_embed\.\d+|enc_class_embed|label_enc)\.")
+    loaded, fresh = _load(model, checkpoint, label, r"(class_embed\.\d+|enc_class_embed|label_enc)\.", not same_classes)
     modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
-    new = f"new, for {model.cfg.num_classes} classes: {modules}" if fresh else "none new, the classes are as many"
+    new = f"new, for {model.cfg.num_classes} classes: {modules}" if fresh else "none new, the classes are the same"
     return f"{label}: {len(loaded)} tensors kept; {new}"
 
 
-def _load(model, checkpoint, label, replaceable=None):
+def _load(model, checkpoint, label, replaceable=None, replace_all=False):
     state = state_of(checkpoint, label)
-    return put(model, state, own_names(state, model.cfg), label, lambda: likely(checkpoint, label), replaceable)
+    return put(model, state, own_names(state, model.cfg), label, lambda: likely(checkpoint, label), replaceable,
+               replace_all)
 
 
 def load_checkpoint(path, device="cpu", **overrides):
@@ -381,4 +388,5 @@ def save(path, checkpoint):
         raise WeightsError(f"{path}: cannot be written ({error}); what was there before is untouched. Make room, or "
                            "choose another folder") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                           # gone after the rename, or never there
+            temporary.unlink()
