@@ -10,10 +10,18 @@ Shapes: B images, S tokens (all levels, level after level, rows first), Q querie
 P points. A location is (x, y) in [0, 1] of a level's whole map, padding included.
 """
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from msda_cuda import cpu
+
+# $MINDETR_MSDA=torch forces plain PyTorch; otherwise the fastest that this machine can run is used.
+BACKEND = os.environ.get("MINDETR_MSDA", "fastest")
+if BACKEND not in ("fastest", "torch"):
+    raise ValueError(f"MINDETR_MSDA={BACKEND}: it must be 'torch' or 'fastest'")
 
 
 # ============================================================================================== the operator, plain
@@ -54,6 +62,9 @@ def msda(value, shapes, locations, weights):
         raise ValueError(f"locations are {tuple(locations.shape)}: they must be [B={B}, Q, M={M}, L={len(shapes)}, P, 2]")
     if weights.shape != locations.shape[:5]:
         raise ValueError(f"weights are {tuple(weights.shape)}: they must be {tuple(locations.shape[:5])}, as locations")
+    if value.device.type == "cpu" and BACKEND != "torch" and cpu.library():
+        dtype = torch.promote_types(value.dtype, torch.float32)       # half precision is computed in float32
+        return cpu.MSDA.apply(value.to(dtype), shapes, locations.to(dtype), weights.to(dtype)).to(value.dtype)
     return msda_grid_sample(value, shapes, locations, weights)
 
 

@@ -23,6 +23,7 @@ import time
 import traceback
 import unittest
 import urllib.error
+import warnings
 import zlib
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -48,6 +49,7 @@ import train
 import variants
 import weights
 from model import build_model
+from msda_cuda import cpu
 
 HERE = Path(__file__).parent
 
@@ -149,16 +151,77 @@ def msda_by_hand(value, shapes, locations, weights_):
     return out.flatten(2)
 
 
+def msda_ways():
+    """Every way to compute the operator on this machine."""
+    if not cpu.library():
+        print("  (no C++ compiler: only the plain PyTorch path is tested)")
+    return [msda.msda_grid_sample] + ([cpu.MSDA.apply] if cpu.library() else [])
+
+
 def test_msda_equals_its_definition():
     args = msda_inputs()
-    assert torch.allclose(msda.msda(*args), msda_by_hand(*args), atol=1e-12)
+    for way in [msda.msda, *msda_ways()]:
+        assert torch.allclose(way(*args), msda_by_hand(*args), atol=1e-12)
 
 
 def test_msda_gradients_are_autograds():
     value, shapes, locations, weights_ = msda_inputs()
-    value, locations, weights_ = (t[:, :4] if t is not value else t for t in (value, locations, weights_))
-    args = [t.clone().requires_grad_() for t in (value, locations, weights_)]
-    assert torch.autograd.gradcheck(lambda v, x, w: msda.msda(v, shapes, x, w), args)
+    args = [t.clone().requires_grad_() for t in (value, locations[:, :4], weights_[:, :4])]
+    for way in msda_ways():
+        assert torch.autograd.gradcheck(lambda v, x, w: way(v, shapes, x, w), args)
+
+
+def test_msda_ways_agree_on_any_shape():
+    """Forward and all gradients; far outside, on edges and corners; empty queries; any dtype and threads."""
+    g = torch.Generator().manual_seed(0)
+    for B, M, D, Q, P, shapes in [(1, 1, 1, 1, 1, [(1, 1)]), (2, 8, 16, 0, 4, [(3, 5)]), (3, 5, 7, 11, 3, [(1, 9), (8, 1)]),
+                                  (2, 4, 32, 40, 4, [(9, 7), (5, 4), (3, 2), (1, 1)])]:
+        value = torch.randn(B, sum(h * w for h, w in shapes), M, D, generator=g)
+        locations = torch.rand(B, Q, M, len(shapes), P, 2, generator=g) * 2 - 0.5
+        special = torch.tensor([0.0, 1.0, 0.5, -1e6, 1e6])
+        locations.flatten()[::7] = special[torch.randint(0, 5, locations.flatten()[::7].shape, generator=g)]
+        weights_ = torch.rand(B, Q, M, len(shapes), P, generator=g)
+        grad = torch.randn(B, Q, M * D, generator=g)
+        results = []
+        for way, threads in itertools.product(msda_ways(), (1, 3)):
+            args = [t.clone().requires_grad_() for t in (value, locations, weights_)]
+            before = torch.get_num_threads()
+            try:
+                torch.set_num_threads(threads)
+                out = way(args[0], shapes, args[1], args[2])
+                out.backward(grad)
+            finally:
+                torch.set_num_threads(before)
+            args[1].grad.flatten()[::7] = 0           # on a pixel's centre there are two slopes
+            results.append([out.detach(), *(a.grad for a in args)])
+        for other in results[1:]:
+            assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(results[0], other)), (B, M, D, Q, P)
+    if cpu.library():
+        value, shapes, locations, weights_ = msda_inputs(dtype=torch.float32)
+        outside = locations.clone()
+        locations[0, 0, 0, 0, 0], locations[0, 1, 0, 0, 0] = float("nan"), float("inf")            # both read nothing
+        outside[0, :2, 0, 0, 0] = -5.0
+        out = msda.msda(value, shapes, locations, weights_)
+        assert torch.equal(out, msda.msda(value, shapes, outside, weights_))
+        half = msda.msda(value.bfloat16(), shapes, locations, weights_)
+        assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), out, atol=0.05)
+
+
+def test_msda_needs_no_compiler():
+    """Where cpu.cpp cannot be built one warning says why, and plain PyTorch serves."""
+    args = msda_inputs()
+    want = msda.msda(*args)
+    with tempfile.TemporaryDirectory() as folder, \
+            mock.patch.dict(os.environ, {"CXX": "/no/such/compiler", "XDG_CACHE_HOME": folder}):
+        cpu.library.cache_clear()
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                assert torch.allclose(msda.msda(*args), want, atol=1e-12)
+                assert torch.allclose(msda.msda(*args), want, atol=1e-12)
+            assert len(said) == 1 and "plain PyTorch" in str(said[0].message) and "compiler" in str(said[0].message)
+        finally:
+            cpu.library.cache_clear()
 
 
 def test_msda_wrong_arguments_are_named():

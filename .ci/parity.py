@@ -35,7 +35,8 @@ from model import build_model, inverse_sigmoid
 from variants import variant
 
 ORIGINAL_SIZES = torch.tensor([[480, 640], [384, 720]])             # (h, w) that the stored detections are scaled to
-TOLERANCE = {"float32": 1e-6, "": 1e-8}
+# By the words in a row's name. The authors' code in float32 is itself up to 2.4e-5 (logits), 1.8e-6 (boxes) off.
+TOLERANCE = {"in float32: logits": 1e-4, "in float32: boxes": 1e-5, "float32": 1e-6, "": 1e-8}
 
 
 # ================================================================================================== inputs and weights
@@ -211,6 +212,15 @@ def compare_gradients(found, model, total, stored, shared, case):
     found["gradients"] = worst
 
 
+def compare_float32(found, out, model, shared):
+    """The same model and images in float32. (Not for DINO: among 1800 proposals two trade places in float32.)"""
+    images, mask = batch(shared)
+    with torch.no_grad():
+        outputs = model.eval().float()(images.float(), mask)
+    for key in ("logits", "boxes"):
+        found[f"in float32: {key}"] = apart(out[f"pred_{key}"], outputs[key][-1])
+
+
 def compare_detections(found, out, outputs, cfg):
     answer = evaluation.postprocess(outputs, ORIGINAL_SIZES, cfg)
     for key in ("scores", "labels", "boxes"):
@@ -260,6 +270,7 @@ def check_detr(shared):
     norms = json.loads(str(out["grad_norms"]))["eval"]
     compare_gradients(found, model, losses["total"], norms, shared, case)
     compare_detections(found, out, outputs, model.cfg)
+    compare_float32(found, out, model, shared)
     return found
 
 
@@ -313,6 +324,8 @@ def check_deformable(shared, case, variant, parameters, drawn=None, **quiet):
         losses = matcher.Criterion(cfg)(outputs, goals)
         compare_losses(found, json.loads(str(out["train_losses"])), losses)
     compare_gradients(found, model, losses["total"], grads["params"], shared, case)
+    if variant != "dino":
+        compare_float32(found, out, model, shared)
     return found
 
 
@@ -611,10 +624,11 @@ def main(shared, *cases):
     for case in cases or CHECKS:
         found = CHECKS[case](shared)
         for name, deviation in found.items():
-            good = deviation <= TOLERANCE["float32" if "float32" in name else ""]
+            good = deviation <= next(limit for words, limit in TOLERANCE.items() if words in name)
             failed |= not good
             print(f"{case:26} {name:24} {deviation:9.1e}" + ("" if good else "   DEVIATES"), flush=True)
-        print(f"{case:26} {'LARGEST':24} {max(found.values()):9.1e}", flush=True)
+        largest = max(value for name, value in found.items() if "in float32" not in name)
+        print(f"{case:26} {'LARGEST in float64':24} {largest:9.1e}", flush=True)
     return int(failed)
 
 
