@@ -32,12 +32,12 @@ class Denoising(NamedTuple):
     contrastive: bool         # False: only the pairs are supervised. True: all other slots must say "no object"
 
 
-def denoising_queries(targets, cfg, generator=None):
+def denoising_queries(targets, cfg, num_queries, generator=None):
     """DN-DETR's noised groups (section 4) or, for cfg.denoising == "cdn", DINO's contrastive ones (section 3.3).
 
     A group holds every target of an image once (dn), or twice: slots [0, G) near the target and to be reconstructed,
     slots [G, 2G) farther away and to be rejected (cdn), where G is the most targets of any image in the batch.
-    Without any target in the batch P is 0, and everything downstream is empty but well-formed.
+    num_queries matching queries follow them. Without any target P is 0, and all downstream is empty but well-formed.
     """
     device = targets[0]["boxes"].device
     counts = [len(t["labels"]) for t in targets]
@@ -71,7 +71,7 @@ def denoising_queries(targets, cfg, generator=None):
     used = torch.zeros(B, P, dtype=torch.bool, device=device)
     used[image, slot] = True
     pairs = (image[~negative], slot[~negative], target[~negative])
-    return Denoising(slot_labels, slot_boxes, used, pairs, group_mask(groups, P // groups, cfg.num_queries, device),
+    return Denoising(slot_labels, slot_boxes, used, pairs, group_mask(groups, P // groups, num_queries, device),
                      groups, contrastive)
 
 
@@ -114,9 +114,10 @@ def group_mask(groups, group_size, num_queries, device=None):
 def signal_rates(schedule, timesteps):
     """alpha-bar [T] in float64: x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise (Ho et al. 2020, Eq. 4).
 
-    cosine: Nichol & Dhariwal 2021, s = 0.008, betas at most 0.999. linear, sqrt: the published code's, of betas from
-    1e-4 to 2e-2 whose square roots, or which as square roots, are evenly spaced; at T = 100 they keep much of the
-    signal in x_T, which pure noise then does not match (`terminal_signal`). Raises ConfigError on another name.
+    cosine: Nichol & Dhariwal 2021, s = 0.008, betas at most 0.999; ends at 2.4e-7 for T = 100.
+    linear: sqrt(beta) evenly spaced from 1e-2 to 1.41e-1; ends at 0.485, so that pure noise is not what x_T looks like.
+    sqrt:   beta = sqrt of evenly spaced 1e-4 to 2e-2; ends at 4.6e-5.
+    linear and sqrt are the published code's, which calls them so. Raises ConfigError on another name.
     """
     if schedule == "cosine":
         f = torch.cos((torch.linspace(0, 1, timesteps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2

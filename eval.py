@@ -1,7 +1,7 @@
 """From a trained model to scores, boxes and pictures.
 
-    python eval.py --weights last.pt --data coco --data-root ...       COCO's twelve numbers, and results.json
-    python eval.py --weights last.pt --images cat.jpg holiday/         pictures with boxes, and predictions.json
+    python eval.py --weights best.pth --data coco --data-root ...      COCO's twelve numbers, and results.json
+    python eval.py --weights best.pth --images cat.jpg holiday/        pictures with boxes, and predictions.json
 
 In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR, Deformable DETR and DiffuDETR),
 `evaluate` (COCO metrics), `predict` (any photos), `draw`, `picture_grid` and `plot_curves` (for people), command line.
@@ -50,6 +50,7 @@ def postprocess(outputs, sizes, cfg):
     if cfg.class_loss == "ce":
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)                                    # [S,B,Q]
         scores, query = scores.sort(dim=-1, descending=True, stable=True)
+        scores, query = scores[..., :cfg.detections], query[..., :cfg.detections]
         labels = labels.gather(-1, query)
     else:
         C = logits.shape[-1]
@@ -129,6 +130,23 @@ def coco_metrics(truth, detections, image_ids, table=False):
     if table:
         print(*printed.getvalue().splitlines()[-len(METRICS):], sep="\n")
     return dict(zip(METRICS, scorer.stats.tolist()))
+
+
+def same_names(dataset, classes, source):
+    """Raise DataError if a category of the data set has another name in `classes` (by label), which `source` brought."""
+    for category, theirs, ours in zip(dataset.category_ids, dataset.classes, classes):
+        if theirs not in ("N/A", ours):                  # the same ids may mean other things
+            raise data.DataError(f"category {category} is {theirs!r} in this data, {ours!r} in {source}: give data and "
+                                 "weights with the same categories (predicting with --images needs no categories)")
+
+
+def device_named(name):
+    """torch.device of a command line's --device. Raises ConfigError where there is none of that name."""
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise variants.ConfigError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]}); leave "
+                                   "--device away, or install a torch build that fits your driver") from None
 
 
 # ================================================================================================ photos and pictures
@@ -282,12 +300,13 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, default=2, help="--data: processes that load photos")
     parser.add_argument("--limit", type=int, metavar="N", help="--data: only the first N images")
     args = parser.parse_args(argv)
-    for name in ("image_size", "max_size", "evaluations", "batch_size", "limit"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in (("image_size", 1), ("max_size", 1), ("evaluations", 1), ("batch_size", 1), ("limit", 1),
+                        ("workers", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     try:
         sys.exit(1 if run(args, parser) else 0)
-    except (data.DataError, weights.WeightsError, variants.ConfigError) as error:
+    except (data.DataError, weights.WeightsError, variants.ConfigError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
 
@@ -298,15 +317,12 @@ def run(args, parser):
         if model.cfg.queries != "noise":
             parser.error(f"--evaluations is for diffusion models, and {args.weights} holds {meta['variant']}")
         model.cfg = model.cfg.but(evaluations=args.evaluations)
-    model.to(args.device)
+    model.to(device_named(args.device))
     size = args.image_size or meta["recipe"]["image_size"]
     transform = data.eval_transform(size, args.max_size or meta["recipe"]["max_size"])
     if args.data:
         dataset = data.open_data(args.data, args.data_root, "val", transform, meta["category_ids"], size)
-        for category, theirs, ours in zip(meta["category_ids"], dataset.classes, meta["classes"]):
-            if theirs not in ("N/A", ours):              # the same ids may mean other things
-                raise data.DataError(f"category {category} is {theirs!r} in {args.data}, {ours!r} in {args.weights}: "
-                                     "use a model trained on these categories, or look at the photos with --images")
+        same_names(dataset, meta["classes"], str(args.weights))
         out = args.out or args.weights.parent
         out = out if out.suffix == ".json" else out / "results.json"
         out.parent.mkdir(parents=True, exist_ok=True)    # before the long run, not after it

@@ -58,7 +58,7 @@ def match(stacks, cfg):
             labels [G] and boxes [G, 4], and may differ from another stack's in their labels only.
 
     Returns, per stack, four index tensors [K]: layer, image, query, and target within its image. With more targets
-    than queries, the Q cheapest to serve are assigned. Raises ValueError on costs that are not finite.
+    than queries, the Q cheapest to serve are assigned. Raises FloatingPointError on costs that are not finite.
     """
     costs = [match_cost(logits, boxes, t, cfg) for logits, boxes, t in stacks]
     host = torch.cat([c.flatten() for c in costs]).cpu().numpy()                          # the step's one transfer
@@ -73,8 +73,8 @@ def match(stacks, cfg):
                 try:
                     query, target = linear_sum_assignment(block[layer, image, :, :n])
                 except ValueError:
-                    raise ValueError(f"the matching cost of layer {layer}, image {image} of the batch is not finite: "
-                                     "the model diverged, or a target box is not finite") from None
+                    raise FloatingPointError(f"the matching cost of layer {layer}, image {image} of the batch is not "
+                                             "finite: the model diverged, or a box of the data is not finite") from None
                 rows += [(layer, image, q, g) for q, g in zip(query.tolist(), target.tolist())]
         index = torch.tensor(rows, dtype=torch.long, device=cost.device).view(-1, 4)
         result.append(index.unbind(1))

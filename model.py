@@ -232,17 +232,17 @@ class Detector(nn.Module):
         for module in self.modules():
             if isinstance(module, MSDeformAttn):
                 module.reset_parameters()
+        class_heads = [*self.class_embed] + ([self.enc_class_embed] if cfg.two_stage else [])
+        box_heads = [*self.bbox_embed] + ([self.enc_bbox_embed] if cfg.two_stage else [])
+        for head in class_heads if cfg.class_loss != "ce" else []:
+            # A prior of 1% for every class, or the many negatives swamp the first steps (Lin et al. 2017, section 3.3).
+            nn.init.constant_(head.bias, -math.log(99))
         if cfg.attention == "dense":
             return
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
         nn.init.normal_(self.level_embed)
-        # A prior of 1% for every class, or the many negatives swamp the first steps (Lin et al. 2017, section 3.3).
-        class_heads = [*self.class_embed] + ([self.enc_class_embed] if cfg.two_stage else [])
-        box_heads = [*self.bbox_embed] + ([self.enc_bbox_embed] if cfg.two_stage else [])
-        for head in class_heads:
-            nn.init.constant_(head.bias, -math.log(99))
         for head in box_heads:                                              # the first boxes are the references
             head.load_state_dict(self.bbox_embed[0].state_dict())
             nn.init.zeros_(head[-1].weight)
@@ -296,7 +296,7 @@ class Detector(nn.Module):
         if cfg.queries == "noise":                                                                # DiffuDETR, training
             reference, t = diffusion.noised_references(targets, cfg, generator)
         if cfg.denoising != "none" and self.training:                                     # DN, DINO: put before the rest
-            denoising = diffusion.denoising_queries(targets, cfg, generator)
+            denoising = diffusion.denoising_queries(targets, cfg, content.shape[1], generator)
             extra = self.mark(self.label_enc(denoising.labels), 1) * denoising.used[..., None]
             content = torch.cat([extra.to(content), content], 1)
             # Through the logit and back, as published: boxes at the border end 1e-3 inside.
@@ -315,7 +315,7 @@ class Detector(nn.Module):
     def encode(self, images, mask):
         """Images [B, 3, H, W] and mask [B, H, W] to the encoder's `Memory`."""
         cfg = self.cfg
-        images = images.contiguous(memory_format=torch.channels_last)       # a CPU convolves twice as fast, a GPU in bf16 too
+        images = images.contiguous(memory_format=torch.channels_last)           # twice as fast on a CPU
         features = list(self.backbone(images).values())
         if cfg.attention == "dense":
             maps = [self.input_proj(features[0])]
@@ -374,10 +374,8 @@ class Detector(nn.Module):
         logits = self.enc_class_embed(tokens).to(grid)
         boxes = self.enc_bbox_embed(tokens).to(grid) + grid
         score = logits[..., 0] if cfg.proposal_score == "first" else logits.amax(-1)
-        if score.shape[1] < cfg.num_queries:
-            raise ValueError(f"{score.shape[1]} tokens cannot propose num_queries={cfg.num_queries} boxes: use larger "
-                             "images, more levels or fewer queries")
-        best = score.topk(cfg.num_queries, dim=1).indices[..., None]                                         # [B, Q, 1]
+        Q = min(cfg.num_queries, score.shape[1])            # a very small photo has fewer tokens than queries
+        best = score.topk(Q, dim=1).indices[..., None]                                                       # [B, Q, 1]
         chosen = tokens.gather(1, best.expand(-1, -1, cfg.d_model)), boxes.gather(1, best.expand(-1, -1, 4))
         if cfg.proposal_loss == "selected":
             logits, boxes = logits.gather(1, best.expand(-1, -1, cfg.logits)), chosen[1]
@@ -401,8 +399,12 @@ class Detector(nn.Module):
             pos, content = pos.chunk(2, -1)
         elif cfg.content == "learned":
             content = self.mark(self.tgt_embed.weight, 0).expand(B, -1, -1)
+            if reference is not None:                               # row i belongs to the proposal of rank i
+                content = content[:, :reference.shape[1]]
         elif cfg.content == "memory":
             content = chosen[0]
+            if cfg.queries == "noise" and content.shape[1] < cfg.num_queries:         # fewer tokens than queries: again
+                content = content[:, torch.arange(cfg.num_queries) % content.shape[1]]
         else:
             content = torch.zeros_like(pos)
         if cfg.attention == "deformable" and not cfg.has_boxes:

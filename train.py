@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -32,7 +31,8 @@ from model import Detector
 from variants import Config, ConfigError, Recipe
 
 # May change when a run is resumed; everything else is what the run is.
-FREE = {"resume", "out", "device", "workers", "data_root", "epochs", "steps", "eval_every", "micro_batch", "save_steps"}
+FREE = {"resume", "device", "workers", "data_root", "epochs", "steps", "eval_every", "micro_batch", "save_steps", "lr",
+        "lr_backbone", "clip_norm"}
 
 
 # ========================================================================================================= the command
@@ -75,7 +75,9 @@ def parse(argv):
                                    metavar=None if f.metadata["choices"] else f.type.__name__.upper())
     given = vars(parser.parse_args(argv))
     if given.get("queries", "").isdigit():
-        given.setdefault("num_queries", int(given.pop("queries")))
+        if "num_queries" in given:
+            parser.error("--queries N and --num-queries N are the same: give one")
+        given["num_queries"] = int(given.pop("queries"))
     return given
 
 
@@ -85,42 +87,45 @@ def settle(given):
     Precedence: the command line, then the checkpoint of --weights, then the preset, then the variant's published row.
     Raises ConfigError on contradictions.
     """
-    run = dict(variant="diffu", data="toy", data_root=None, out=None, resume=None, weights=None, overfit=0, freeze="", seed=0,
-               device="cuda" if torch.cuda.is_available() else "cpu", amp="none", save_steps=500)
-    if given.get("weights"):
-        _, meta = weights.load_checkpoint(given["weights"])
-        if given.get("variant", meta["variant"]) != meta["variant"]:
-            raise ConfigError(f"--variant {given['variant']} contradicts --weights {given['weights']}, which is "
-                              f"{meta['variant']}: leave --variant away")
-        run["variant"] = meta["variant"]
-    run |= {k: v for k, v in given.items() if k in run or k in ("preset", "workers")}
+    run = dict(variant="diffu", data="toy", data_root=None, preset=None, out=None, weights=None, overfit=0, freeze="",
+               seed=0, device="cuda" if torch.cuda.is_available() else "cpu", workers=None, amp="none", save_steps=500)
+    run |= {k: v for k, v in given.items() if k in run}
+    run["workers"] = run["workers"] if run["workers"] is not None else 2 * (run["data"] != "toy")
+    if run["weights"]:
+        _, meta = weights.load_checkpoint(run["weights"])
+        for name, why in (("variant", f"which is {meta['variant']}"), ("preset", "which has its own"),
+                          ("backbone_weights", "which brings the backbone along")):
+            if given.get(name) not in (None, meta.get(name)):
+                raise ConfigError(f"--{name.replace('_', '-')} {given[name]} contradicts --weights {run['weights']}, "
+                                  f"{why}: leave it away")
+        known = dict(zip(meta["category_ids"], meta["classes"]))
+        run |= {"variant": meta["variant"], "preset": "checkpoint", "known": known}
+        row, changes = Config(**meta["config"]), {}
+        recipe = Recipe(**meta["recipe"]).but(**variants.FINE_TUNE_RECIPE)
+    else:
+        run["preset"] = run["preset"] or ("published" if run["data"] == "coco" else "small")
+        row, changes, recipe = variants.variant(run["variant"]), {}, variants.recipe(run["variant"])
+        if run["preset"] == "small":
+            changes |= variants.SMALL | ({"backbone": "resnet50"} if row.dilation else {})   # which a resnet18 cannot
+            recipe = recipe.but(**(variants.TOY_RECIPE if run["data"] == "toy" else variants.SMALL_RECIPE))
+        if given.get("backbone_weights", recipe.backbone_weights) == "none":
+            changes["backbone_norm"] = "batch"                        # frozen random statistics learn nothing
+    if run["overfit"] and not {"steps", "epochs"} & set(given):
+        recipe = recipe.but(**variants.OVERFIT_RECIPE)
+    recipe = recipe.but(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
+    cfg = row.but(**(changes | {f.name: given[f.name] for f in fields(Config) if f.name in given}))
+    check(run)
+    return run, cfg, recipe
+
+
+def check(run):
+    """Raise ConfigError for options of the run that cannot be."""
     if run["data_root"] and run["data"] != "coco":
         raise ConfigError("--data-root says where COCO is: write --data coco, or --data DIR alone")
-    run.setdefault("preset", "published" if run["data"] == "coco" else "small")
-    run.setdefault("workers", 0 if run["data"] == "toy" else 2)
-    if run["device"].startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {run['device']}: torch sees no GPU here; leave --device away, or install a torch "
-                          "build that fits your driver")
-    row = variants.variant(run["variant"])
-    recipe = variants.RECIPES[run["variant"]]
-    if run["preset"] == "small":
-        row = row.but(**variants.SMALL)
-        recipe = recipe.but(**(variants.TOY_RECIPE if run["data"] == "toy" else variants.SMALL_RECIPE))
-    if run["weights"]:
-        run["known"] = dict(zip(meta["category_ids"], meta["classes"]))
-        row = Config(**meta["config"])
-        recipe = recipe.but(backbone_weights="none", image_size=meta["recipe"]["image_size"],
-                            max_size=meta["recipe"]["max_size"])
-        if given.get("backbone_weights", "none") != "none":
-            raise ConfigError("--weights brings the backbone along: leave --backbone-weights away")
-    recipe = recipe.but(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
-    if recipe.backbone_weights == "none" and not run["weights"]:
-        row = row.but(backbone_norm="batch")             # frozen random statistics learn nothing
-    cfg = row.but(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
-    for name in ("epochs", "batch_size", "micro_batch", "image_size", "max_size", "eval_every"):
-        if getattr(recipe, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: it must be at least 1")
-    return run, cfg, recipe
+    for name, least in (("overfit", 0), ("workers", 0), ("save_steps", 1)):
+        if run[name] < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {run[name]}: it must be at least {least}")
+    evaluation.device_named(run["device"])
 
 
 def resumed(given):
@@ -132,17 +137,20 @@ def resumed(given):
     if not path.exists():
         raise ConfigError(f"--resume {given['resume']}: there is no {path}")
     checkpoint = weights.read_checkpoint(path)
-    if "optimizer" not in checkpoint:
+    if checkpoint.get("format") != "minDETR" or "run" not in checkpoint:
         raise ConfigError(f"--resume {path}: it holds a model but no run (best.pth and published files do not): resume "
                           "last.pth, or start from it with --weights")
     run, cfg, recipe = checkpoint["run"], checkpoint["config"], checkpoint["recipe"]
     for name, value in given.items():
-        table = next(t for t in (run, cfg, recipe) if name in t)
-        if name not in FREE and table[name] != value:
+        table = next((t for t in (run, cfg, recipe) if name in t), {})
+        if name not in FREE and table.get(name) != value:
             raise ConfigError(f"--{name.replace('_', '-')} {value} contradicts the run in {path}, which has "
-                              f"{table[name]}: leave it away, or start a new run")
+                              f"{table.get(name)}: leave it away, or start a new run")
         table[name] = value
+    if "epochs" in given and "steps" not in given:
+        recipe["steps"] = 0                                         # or it would still win over --epochs
     run["out"] = str(path.parent)
+    check(run)
     return run, Config(**cfg), Recipe(**recipe), checkpoint
 
 
@@ -150,23 +158,22 @@ def resumed(given):
 
 def parameter_groups(model, recipe):
     """AdamW's groups: the backbone and the sampling points have rates of their own (Deformable DETR, section 5)."""
-    norms = {id(p) for m in model.modules() if isinstance(m, (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d))
-             for p in m.parameters()}
-    groups = {}
+    kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d)
+    norms = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
+    groups = {}                                  # by role, not by rate: a resumed run may have another rate
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
         rate = recipe.lr_backbone if name.startswith("backbone.") else recipe.lr
-        if "sampling_offsets" in name or "reference_points" in name:
-            rate = recipe.lr * recipe.lr_points
+        points = "sampling_offsets" in name or "reference_points" in name
         decay = recipe.weight_decay if recipe.decay_norms or id(p) not in norms else 0.0
-        groups.setdefault((rate, decay), []).append(p)
-    return [{"params": p, "lr": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+        group = {"params": [], "lr": recipe.lr * recipe.lr_points if points else rate, "weight_decay": decay}
+        if p.requires_grad:
+            groups.setdefault((name.startswith("backbone."), points, id(p) in norms), group)["params"].append(p)
+    return list(groups.values())
 
 
 def rate_factor(step, total, recipe):
-    """What the rates are multiplied by at a step: a linear rise over `warmup`, one drop to a tenth at `lr_drop`."""
-    rise = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
+    """The rates' factor: a linear rise over `warmup`, or a tenth of the run if that is less; a tenth from `lr_drop` on."""
+    rise = min(1.0, (step + 1) / max(1, min(recipe.warmup, total // 10)))
     return rise * (0.1 if step >= round(recipe.lr_drop * total) else 1.0)
 
 
@@ -178,12 +185,12 @@ def warm_ema(decay):
 
 def freeze(model, names):
     """Stop training the named parts; returns them, to be kept in evaluation mode (their norms must not drift)."""
-    parts = dict(model.named_children())
+    parts, frozen = dict(model.named_children()), []
     for name in names:
         if name not in parts:
             raise ConfigError(f"--freeze {name}: this model has {', '.join(parts)}")
-        parts[name].requires_grad_(False)
-    return [parts[name] for name in names]
+        frozen.append(parts[name].requires_grad_(False))
+    return frozen
 
 
 # ============================================================================================================ the story
@@ -207,6 +214,7 @@ def train(run, cfg, recipe, checkpoint=None):
     if same_classes and not checkpoint:
         train_set, classes = opened("train", augment, list(known)), list(known.values())
     val_set = opened("train" if run["overfit"] else "val", plain, train_set.category_ids)
+    evaluation.same_names(val_set, classes, f"the training photos of {run['data']}")
     photos = min(run["overfit"] or len(train_set), len(train_set))
 
     # Model.
@@ -217,7 +225,7 @@ def train(run, cfg, recipe, checkpoint=None):
         print(weights.fine_tune(model, run["weights"], same_classes))
     elif not checkpoint:
         weights.load_backbone(model, recipe.backbone_weights)
-    frozen = freeze(model, [n for n in run["freeze"].split(",") if n])
+    frozen = freeze(model, filter(None, run["freeze"].split(",")))
     model.to(device)
     average = AveragedModel(model, multi_avg_fn=warm_ema(recipe.ema), use_buffers=True) if recipe.ema else None
     criterion = Criterion(cfg)
@@ -225,22 +233,22 @@ def train(run, cfg, recipe, checkpoint=None):
     rates = [g["lr"] for g in optimizer.param_groups]
 
     # Where we are.
-    order = data.BatchOrder(photos, recipe.batch_size, run["seed"], 0)
-    per_epoch = len(order)
+    per_epoch = len(data.BatchOrder(photos, recipe.batch_size, run["seed"], 0))
     total = recipe.steps or recipe.epochs * per_epoch
-    step, best = 0, -1.0
+    step, best, tested = 0, -1.0, 0
     out = Path(run["out"])
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if average:
             average.load_state_dict(checkpoint["average"])
-        step, best = checkpoint["step"], checkpoint["best"]
+        step, best, tested = checkpoint["step"], checkpoint["best"], checkpoint["tested"]
         torch.set_rng_state(checkpoint["rng"])
-        if device.type == "cuda":
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+    out.mkdir(parents=True, exist_ok=True)
     describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
-    log = open(out / "log.jsonl", "a", buffering=1)
+    log = open_log(out / "log.jsonl", step)
 
     def save(name, whole=True):
         """Write a checkpoint; `whole` ones can be resumed."""
@@ -248,16 +256,39 @@ def train(run, cfg, recipe, checkpoint=None):
                    "classes": classes, "category_ids": train_set.category_ids, "step": step,
                    "model": model.state_dict(), "ema": average.module.state_dict() if average else None}
         if whole:
-            content |= {"run": run, "optimizer": optimizer.state_dict(), "best": best, "rng": torch.get_rng_state(),
-                        "average": average.state_dict() if average else None,
+            content |= {"run": run, "optimizer": optimizer.state_dict(), "best": best, "tested": tested,
+                        "rng": torch.get_rng_state(), "average": average.state_dict() if average else None,
                         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
         weights.save(out / name, content)
 
-    interrupted = catch_signals()
+    def test():
+        """Evaluate, and keep what is worth keeping. The average of the weights is what counts, where there is one."""
+        nonlocal best, tested
+        started, model_now = time.time(), average.module if average else model
+        with torch.autocast(device.type, torch.bfloat16, enabled=run["amp"] == "bf16"):
+            metrics, _ = evaluation.evaluate(model_now, val_set, batch_size=recipe.micro_batch, device=device,
+                                             workers=run["workers"], limit=run["overfit"] or None)
+        log.write(json.dumps({"step": step, "epoch": step // per_epoch, "seconds": round(time.time() - started, 1),
+                              **{k: round(v, 5) for k, v in metrics.items()}}) + "\n")
+        bar.write(f"step {step}: AP {metrics['AP']:.3f} AP50 {metrics['AP50']:.3f}")
+        if metrics["AP"] > best or not (out / "best.pth").exists():
+            best = metrics["AP"]
+            save("best.pth", whole=False)
+            evaluation.picture_grid(model_now, val_set, out / "predictions.png", score=0.3)
+        tested = step
+        save("last.pth")
+        evaluation.plot_curves(out / "log.jsonl", out / "curves.png")
+        return metrics
+
+    def due():
+        """Whether this step's weights are to be tested: at the end of every `eval_every`th epoch and of the run."""
+        return step > tested and (step >= total or step % (per_epoch * recipe.eval_every) == 0)
+
+    interrupted, restore_signals = catch_signals()
     bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=None)
-    metrics, clock, seen = {}, time.time(), 0
+    metrics = test() if due() else {}                                   # a run that died in its evaluation catches up
     while step < total:
-        epoch = step // per_epoch
+        epoch, clock, seen = step // per_epoch, time.time(), 0
         order = data.BatchOrder(photos, recipe.batch_size, run["seed"], epoch, start=step % per_epoch)
         model.train()
         for part in frozen:
@@ -265,13 +296,16 @@ def train(run, cfg, recipe, checkpoint=None):
         for batch in steps_of(train_set, order, recipe.micro_batch, run["workers"], device):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * rate_factor(step, total, recipe)
-            losses = forward_backward(model, criterion, batch, device, run["amp"])
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            if not math.isfinite(losses["total"]) or not math.isfinite(norm):
+            try:
+                losses = forward_backward(model, criterion, batch, device, run["amp"])
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm or math.inf)
+                if not math.isfinite(losses["total"]) or not math.isfinite(norm):
+                    raise FloatingPointError(f"the loss is {losses['total']}, the gradient's norm {norm}")
+            except FloatingPointError as error:
                 ids = [t["image_id"] for _, _, targets in batch for t in targets]
-                raise FloatingPointError(f"step {step}: the loss is {losses['total']}, the gradient's norm {norm}, on "
-                                         f"image ids {ids}. The last good state is in {out / 'last.pth'}; resume with a "
-                                         "lower --lr, or look at these images' boxes")
+                where = f"; the last good state is in {out / 'last.pth'}" if (out / "last.pth").exists() else ""
+                raise FloatingPointError(f"step {step}, image ids {ids}: {error}{where}. Look at these images' boxes, or "
+                                         "try a lower --lr") from None
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if average:
@@ -290,28 +324,16 @@ def train(run, cfg, recipe, checkpoint=None):
             if interrupted():
                 save("last.pth")
                 bar.close()
+                restore_signals()
                 print(f"stopped at step {step}; continue with: python train.py --resume {out}")
                 return metrics
             if step == total or step % run["save_steps"] == 0:
                 save("last.pth")
             if step == total:
                 break
-        if step == total or (epoch + 1) % recipe.eval_every == 0:
-            started = time.time()
-            tested = average.module if average else model
-            with torch.autocast(device.type, torch.bfloat16, enabled=run["amp"] == "bf16"):
-                metrics, _ = evaluation.evaluate(tested, val_set, batch_size=recipe.micro_batch, device=device,
-                                                 workers=run["workers"], limit=run["overfit"] or None)
-            log.write(json.dumps({"step": step, "epoch": epoch + 1, "seconds": round(time.time() - started, 1),
-                                  **{k: round(v, 5) for k, v in metrics.items()}}) + "\n")
-            bar.write(f"step {step}: AP {metrics['AP']:.3f} AP50 {metrics['AP50']:.3f}")
-            if metrics["AP"] > best:
-                best = metrics["AP"]
-                save("best.pth", whole=False)
-                evaluation.picture_grid(tested, val_set, out / "predictions.png")
-            save("last.pth")
-            evaluation.plot_curves(out / "log.jsonl", out / "curves.png")
-            clock, seen = time.time(), 0
+        if due():
+            metrics = test()
+    restore_signals()
     bar.close()
     print(f"done: best AP {best:.3f}; checkpoints, log, curves and predictions are in {out}")
     return metrics
@@ -338,30 +360,47 @@ def forward_backward(model, criterion, batch, device, amp):
         losses["total"].backward()
         for name, value in losses.items():
             total[name] = total.get(name, 0) + value.detach()
-    names = list(total)
-    return dict(zip(names, torch.stack([total[n] for n in names]).tolist()))
+    return dict(zip(total, torch.stack(list(total.values())).tolist()))
 
 
 def memory(device):
     """Peak memory so far in MB: the GPU's, or the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    try:
+        import resource
+    except ImportError:                                                                              # not on Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 def catch_signals():
-    """Ctrl-C and SIGTERM let the current step finish: returns a function that says whether one came."""
+    """Let Ctrl-C and SIGTERM wait for the step in progress; a second one stops at once.
+
+    Returns a function that says whether one came, and one that puts the old handlers back.
+    """
     came = []
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: came.append(number))
-    return lambda: bool(came)
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    return lambda: bool(came), lambda: [signal.signal(s, handler) for s, handler in old.items()]
+
+
+def open_log(path, step):
+    """log.jsonl, to be appended to; lines after `step`, of a run that died after its last checkpoint, are dropped."""
+    if path.exists():
+        lines = path.read_text().splitlines()
+        path.write_text("".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
+    return open(path, "a", buffering=1)
 
 
 def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out):
     """Print what was chosen, and save it as run.json."""
-    size = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
     print(f"{run['variant']} ({run['preset']} size): {size:,} parameters, {trained:,} trained, on {run['device']}")
     print(f"train: {train_set.summary}\nval:   {val_set.summary}")
     print(f"{total:,} steps of {recipe.batch_size} photos ({per_epoch:,} an epoch) -> {out}")
@@ -369,7 +408,6 @@ def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
     differs = {f.name: getattr(cfg, f.name) for f in fields(Config) if getattr(cfg, f.name) != getattr(base, f.name)}
     print("model, where it differs from the published one: " + (", ".join(f"{k}={v}" for k, v in differs.items()) or "-"))
     print("recipe: " + ", ".join(f"{k}={v}" for k, v in asdict(recipe).items()))
-    out.mkdir(parents=True, exist_ok=True)
     (out / "run.json").write_text(json.dumps({"run": run, "config": asdict(cfg), "recipe": asdict(recipe)}, indent=1))
 
 
@@ -377,8 +415,7 @@ def free_folder(run):
     """out/<variant>-<data>, with a number if that is taken; a folder named by --out must not hold a run already."""
     if run["out"]:
         if (Path(run["out"]) / "last.pth").exists():
-            raise ConfigError(f"--out {run['out']} already holds a run: continue it with --resume {run['out']}, or "
-                              "choose another folder")
+            raise ConfigError(f"--out {run['out']} already holds a run: --resume it, or choose another folder")
         return run["out"]
     name = f"out/{run['variant']}-{Path(run['data']).name}"
     return next(p for p in [name, *(f"{name}-{i}" for i in range(2, 10 ** 6))] if not os.path.exists(p))
@@ -395,7 +432,7 @@ def main(argv=None):
             run["out"] = free_folder(run)
             train(run, cfg, recipe)
         return 0
-    except (ConfigError, data.DataError, weights.WeightsError, FloatingPointError) as error:
+    except (ConfigError, data.DataError, weights.WeightsError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

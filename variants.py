@@ -18,6 +18,21 @@ class ConfigError(ValueError):
     """A variant, field or combination that does not exist; the message says what to write instead."""
 
 
+def at_least(table, least, *names):
+    for name in names:
+        if not getattr(table, name) >= least:
+            raise ConfigError(f"{name}={getattr(table, name)}: it must be at least {least}")
+
+
+def changed(table, **changes):
+    """A copy with some fields changed: how every variant is written. Raises ConfigError on an unknown field."""
+    unknown = sorted(set(changes) - {f.name for f in fields(table)})
+    if unknown:
+        raise ConfigError(f"unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)}; {type(table).__name__} has "
+                          + ", ".join(f.name for f in fields(table)))
+    return replace(table, **changes)
+
+
 @dataclass(frozen=True)
 class Config:
     """What a model is. The defaults are DETR's; lengths are in channels, counts per image."""
@@ -102,11 +117,13 @@ class Config:
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
                 raise ConfigError(f"{f.name}={getattr(self, f.name)!r}: choose one of {', '.join(choices)}")
-        for name in ("num_classes", "num_queries", "d_model", "heads", "ffn", "decoder_layers", "levels", "points",
-                     "timesteps", "evaluations", "detections", "dn_queries", "dn_groups"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: it must be at least 1")
+        at_least(self, 1, "num_classes", "num_queries", "d_model", "heads", "ffn", "decoder_layers", "levels", "points",
+                 "timesteps", "evaluations", "detections", "dn_queries", "dn_groups")
+        at_least(self, 0, "encoder_layers", "dropout", "label_noise", "box_noise", "eta", "weight_class", "weight_bbox",
+                 "weight_giou", "weight_class_dn", "cost_class", "no_object", "giou_eps")
         wrong = [
+            (max(self.dropout, self.label_noise, self.eta) > 1,
+             f"dropout={self.dropout}, label_noise={self.label_noise}, eta={self.eta}: each is at most 1"),
             (self.d_model % (4 if self.attention == "dense" else 32) or self.d_model % self.heads,
              f"d_model={self.d_model}: it must be divisible by heads={self.heads}, by 4 for the sine encoding and, "
              "with deformable attention, by 32 for the neck's GroupNorm"),
@@ -117,7 +134,7 @@ class Config:
             (self.dilation and self.backbone in ("resnet18", "resnet34"),
              f"dilation needs bottleneck blocks, which {self.backbone} has not: write backbone=resnet50 or resnet101"),
             (self.levels not in (1, 3, 4, 5), f"levels={self.levels}: 1 (C5), 3 (C3 to C5), 4 or 5"),
-            (self.content == "zero" and self.queries == "learned" and self.attention == "deformable",
+            (self.content == "zero" and self.attention == "deformable",
              "content=zero with deformable attention: choose content=split, learned or memory"),
             (self.two_stage and self.queries == "anchors",
              "two_stage and queries=anchors both place the first boxes: drop one"),
@@ -142,9 +159,8 @@ class Config:
             (self.evaluations > self.timesteps,
              f"evaluations={self.evaluations}: at most timesteps={self.timesteps}"),
             (self.signal_scale <= 0, f"signal_scale={self.signal_scale}: it must be above 0"),
-            (not 0 <= self.eta <= 1, f"eta={self.eta}: it must be between 0 and 1"),
-            (self.class_loss == "ce" and (self.denoising != "none" or self.two_stage),
-             "denoising and two_stage need class_loss=focal or vfl: ce has no sigmoid per class"),
+            (self.class_loss == "ce" and (self.denoising != "none" or self.two_stage or self.queries == "noise"),
+             "denoising, two_stage and noise need class_loss=focal or vfl: ce has no score per class"),
         ]
         for bad, message in wrong:
             if bad:
@@ -160,9 +176,7 @@ class Config:
         """Outputs of the class head: the softmax of "ce" has one more, for no object, as its last."""
         return self.num_classes + (self.class_loss == "ce")
 
-    def but(self, **changes):
-        """A copy with some fields changed: how every variant is written. Raises ConfigError on an unknown field."""
-        return changed(self, changes)
+    but = changed
 
 
 @dataclass(frozen=True)
@@ -177,7 +191,7 @@ class Recipe:
     warmup: int = option(0, "steps in which the rate rises from 0")
     weight_decay: float = option(1e-4, "AdamW's decay")
     decay_norms: bool = option(True, "apply the decay to normalisation layers too")
-    clip_norm: float = option(0.1, "clip the gradient's norm")
+    clip_norm: float = option(0.1, "clip the gradient's norm (0: do not)")
     ema: float = option(0.0, "decay of an exponential average of the weights, which is then evaluated (0: none)")
     batch_size: int = option(16, "photos a step")
     micro_batch: int = option(2, "photos per forward pass; a step adds up the gradients of batch_size / micro_batch")
@@ -187,17 +201,13 @@ class Recipe:
     backbone_weights: str = option("default", "default: torchvision's ImageNet weights; none; or a path")
     eval_every: int = option(1, "evaluate every so many epochs (and at the end)")
 
-    def but(self, **changes):
-        """A copy with some fields changed. Raises ConfigError on an unknown field."""
-        return changed(self, changes)
+    def __post_init__(self):
+        at_least(self, 1, "epochs", "batch_size", "micro_batch", "image_size", "max_size", "eval_every")
+        at_least(self, 0, "steps", "lr", "lr_backbone", "lr_points", "lr_drop", "warmup", "weight_decay", "clip_norm", "ema")
+        if self.ema >= 1:
+            raise ConfigError(f"ema={self.ema}: it must be below 1, 0.999 for example")
 
-
-def changed(table, changes):
-    unknown = sorted(set(changes) - {f.name for f in fields(table)})
-    if unknown:
-        raise ConfigError(f"unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)}; {type(table).__name__} has "
-                          + ", ".join(f.name for f in fields(table)))
-    return replace(table, **changes)
+    but = changed
 
 
 # ======================================================================================================== the family
@@ -229,13 +239,13 @@ dino = dn.but(
 # DiffuDETR: the reference boxes are a diffusion variable, denoised in a few decoder evaluations. ICLR 2026.
 diffu = deformable_two_stage.but(queries="noise", content="learned", query_position="reference")
 diffu_dino = dino.but(queries="noise")
-diffu_dino_published = diffu_dino.but(                                   # what the authors' checkpoints need (SPEC 6)
+diffu_dino_published = diffu_dino.but(                                   # the code of the authors' checkpoints
     num_classes=80, content="memory", time="scale_shift", sampler="published", class_loss="vfl", weight_class=2.0,
     shared_heads=False, proposal_labels="binary", dn_queries=300, pos_offset=-0.5, pos_temperature=10000.0)
 
 VARIANTS = {name: row for name, row in globals().items() if isinstance(row, Config)}
 
-# How their authors trained them. Rows not named here use their parent's.
+# How their authors trained them.
 _detr = Recipe(epochs=500, batch_size=64)
 _deformable = Recipe(lr=2e-4, lr_backbone=2e-5, lr_points=0.1, batch_size=32)
 _diffu = Recipe(decay_norms=False, ema=0.999)
@@ -243,10 +253,14 @@ RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
     "deformable": _deformable, "deformable_single": _deformable, "deformable_refine": _deformable,
     "deformable_two_stage": _deformable,
-    "dn": Recipe(),
     "dino": Recipe(epochs=12, lr_drop=11 / 12),
-    "diffu": _diffu, "diffu_dino": _diffu, "diffu_dino_published": _diffu,
 }
+
+
+def recipe(name):
+    """The Recipe of a variant: its own, or for a row that names none, DiffuDETR's where queries are noise, else DN's."""
+    return RECIPES.get(name, _diffu if VARIANTS[name].queries == "noise" else Recipe())
+
 
 # Defaults for data that is not COCO: a model that learns from scratch on two CPU cores in minutes.
 SMALL = dict(backbone="resnet18", d_model=128, ffn=512, encoder_layers=2, decoder_layers=3, num_queries=60, dropout=0.0,
@@ -255,6 +269,9 @@ SMALL_RECIPE = dict(epochs=50, lr=5e-4, lr_backbone=5e-4, lr_points=0.3, lr_drop
                     ema=0.999, batch_size=16, micro_batch=16, image_size=320, max_size=533, eval_every=5)
 TOY_RECIPE = SMALL_RECIPE | dict(epochs=8, image_size=128, max_size=128, crop=False, backbone_weights="none",
                                  eval_every=2)
+# Changes to a checkpoint's own recipe when training goes on from it, and to any recipe for --overfit.
+FINE_TUNE_RECIPE = dict(epochs=12, steps=0, batch_size=16, warmup=100, lr_drop=0.8, backbone_weights="none")
+OVERFIT_RECIPE = dict(steps=500, warmup=50, eval_every=100)
 
 
 def variant(name, **overrides):

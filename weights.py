@@ -261,8 +261,8 @@ def likely(checkpoint, label):
     except WeightsError as error:
         return str(error)
     code = "".join(f", {k}={v!r}" for k, v in overrides.items())
-    flags = "".join(f" --{'no-' * (v is False)}{k}{f' {v}' * (type(v) is not bool)}" for k, v in overrides.items())
-    flags = flags.replace("_", "-")
+    flags = "".join(f" --{'no-' * (v is False)}{k.replace('_', '-')}" + f" {v}" * (type(v) is not bool)
+                    for k, v in overrides.items() if k != "num_classes")                 # train.py has it from the data
     return (f"It looks like: build_model({variant!r}{code}), or --variant {variant}{flags}; for another number of "
             "classes, start from it with fine_tune")
 
@@ -329,7 +329,7 @@ def load_checkpoint(path, device="cpu", **overrides):
         meta |= {k: checkpoint[k] for k in ("recipe", "classes", "category_ids")}
     else:
         classes, category_ids = coco_classes(model.cfg.num_classes)
-        meta |= dict(recipe=asdict(variants.RECIPES[variant]), classes=classes, category_ids=category_ids)
+        meta |= dict(recipe=asdict(variants.recipe(variant)), classes=classes, category_ids=category_ids)
     return model.to(device).eval(), meta
 
 

@@ -1,6 +1,6 @@
 """cpu.cpp, compiled at first use where there is a C++ compiler, and wrapped for autograd.
 
-Nothing depends on it: without a compiler `available` warns once and returns False, and msda.py uses plain PyTorch.
+Nothing depends on it: without a compiler `library` warns once and returns None, and msda.py uses plain PyTorch.
 The library is cached by its source, compiler and processor in $XDG_CACHE_HOME/mindetr (default ~/.cache/mindetr).
 """
 import ctypes
