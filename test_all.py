@@ -1101,7 +1101,7 @@ def own_checkpoint(name="diffu_dino", num_classes=3):
     model = build_model(name, num_classes=num_classes, dropout=0.0, **TINY)
     return model, {
         "format": "minDETR", "variant": name, "config": asdict(model.cfg),
-        "recipe": asdict(variants.RECIPES[name].but(image_size=128, max_size=128)), "classes": ["a", "b", "c"],
+        "recipe": asdict(variants.recipe(name).but(image_size=128, max_size=128)), "classes": ["a", "b", "c"],
         "category_ids": [1, 5, 7], "model": {k: v * 0 for k, v in model.state_dict().items()},
         "ema": model.state_dict()}
 
