@@ -228,7 +228,7 @@ def picture_grid(model, dataset, path, count=8, score=0.5):
     for (image,), _, (target,) in data.loader(dataset, [[i] for i in chosen]):
         photo = data.to_pil(image)
         photo.thumbnail((640, 640))
-        found = detect(model, image, photo.size, score)
+        found = {key: value[:20] for key, value in detect(model, image, photo.size, score).items()}    # the best ones
         truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(photo.size * 2)
         pictures += [draw(photo, truth.tolist(), target["labels"].tolist(), dataset.classes),
                      draw(photo, found["boxes"], found["labels"], dataset.classes, found["scores"])]
@@ -276,7 +276,7 @@ def plot_curves(log_path, out_path):
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
         if axis.lines:
-            axis.legend(frameon=False)
+            axis.legend()
     figure.savefig(out_path, dpi=130)
 
 
@@ -319,12 +319,13 @@ def run(args, parser):
         model.cfg = model.cfg.but(evaluations=args.evaluations)
     model.to(device_named(args.device))
     size = args.image_size or meta["recipe"]["image_size"]
-    transform = data.eval_transform(size, args.max_size or meta["recipe"]["max_size"])
+    longest = round(size * meta["recipe"]["max_size"] / meta["recipe"]["image_size"])
+    transform = data.eval_transform(size, args.max_size or longest)
     if args.data:
         dataset = data.open_data(args.data, args.data_root, "val", transform, meta["category_ids"], size)
         same_names(dataset, meta["classes"], str(args.weights))
         out = args.out or args.weights.parent
-        out = out if out.suffix == ".json" else out / "results.json"
+        out = out if out.suffix == ".json" else out / (f"results-{args.limit}.json" if args.limit else "results.json")
         out.parent.mkdir(parents=True, exist_ok=True)    # before the long run, not after it
         _, detections = evaluate(model, dataset, args.batch_size, args.device, args.workers, args.limit, table=True)
         out.write_text(json.dumps(detections))
@@ -341,11 +342,14 @@ def run(args, parser):
         raise data.DataError(f"--out {folder} holds photos of --images, which it would overwrite: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     results = predict(model, meta, paths, args.score, transform, folder)
-    (folder / "predictions.json").write_text(json.dumps(results, indent=1))
     errors = [result["error"] for result in results if "error" in result]
+    if len(errors) < len(results):
+        (folder / "predictions.json").write_text(json.dumps(results, indent=1))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    print(f"{len(results) - len(errors)} of {len(results)} photos: pictures and predictions.json in {folder}")
+    objects = sum(len(result.get("detections", ())) for result in results)
+    print(f"{len(results) - len(errors)} of {len(results)} photos, {objects} objects of score {args.score:g} or more: "
+          f"pictures and predictions.json in {folder}")
     return len(errors)
 
 

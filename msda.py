@@ -21,7 +21,7 @@ from msda_cuda import cpu
 # $MINDETR_MSDA=torch forces plain PyTorch; otherwise the fastest that this machine can run is used.
 BACKEND = os.environ.get("MINDETR_MSDA", "fastest")
 if BACKEND not in ("fastest", "torch"):
-    raise ValueError(f"MINDETR_MSDA={BACKEND}: it must be 'torch' or 'fastest'")
+    raise SystemExit(f"error: MINDETR_MSDA={BACKEND}: it must be 'torch' or 'fastest'")
 
 
 # ============================================================================================== the operator, plain

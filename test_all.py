@@ -8,6 +8,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import gc
 import io
 import itertools
 import json
@@ -1727,7 +1728,9 @@ class _Broken(torch.utils.data.Dataset):
 
 
 def test_data_loader_dead_worker():
+    gc.collect()                     # an old iterator, collected in a forked worker, would complain on stderr
     _refused(lambda: list(data.loader(_Killed(), [[0]], workers=1)), "--workers 0", "memory")
+    gc.collect()
     batches = data.loader(data.ToyShapes(8, 32), [[i] for i in range(8)], workers=1)
     next(batches)
     handler = signal.getsignal(signal.SIGCHLD)                                 # torch's would strike at any line
@@ -2131,6 +2134,10 @@ def test_train_every_variant_has_a_small_and_a_published_size():
         assert train.settle({"variant": "diffu_dn"})[1].queries == "noise"
     assert train.settle({"overfit": 8})[2].steps == variants.OVERFIT_RECIPE["steps"]
     assert train.settle({"overfit": 8, "epochs": 3})[2].steps == 0
+    # A larger photo is not held back by the other default; a number that is given stands.
+    assert train.settle({"image_size": 256})[2].max_size == 256
+    assert train.settle({"data": "coco", "image_size": 400})[2].max_size == 666
+    assert train.settle({"data": "coco", "image_size": 400, "max_size": 500})[2].max_size == 500
 
 
 def test_train_whole_path_on_a_folder_with_its_own_classes():
@@ -2185,8 +2192,10 @@ def test_train_fine_tunes_and_keeps_a_head_that_fits():
         first, where = folder + "/first", str(coco_folder(Path(folder) / "boxes"))
         assert run_quietly(["--variant", "dino", "--steps", "1", "--out", first, *TINY_RUN])[0] == 0
         start = ["--weights", first + "/last.pth", "--steps", "1", "--batch-size", "4", "--workers", "0"]
-        code, said = run_quietly([*start, "--data", where, "--freeze", "backbone,encoder", "--out", folder + "/other"])
+        code, said = run_quietly([*start, "--data", where, "--freeze", "backbone,encoder", "--image-size", "64",
+                                  "--out", folder + "/other"])
         assert code == 0 and "new, for 5 classes" in said and "class_embed" in said and "label_enc" in said, said
+        assert "crop=True" in said                                            # as photos need, unlike the toy's pictures
         a, b = (weights.read_checkpoint(f"{folder}/{run}/last.pth") for run in ("first", "other"))
         assert b["category_ids"] != a["category_ids"] and b["variant"] == "dino"
         for name in ("backbone.layer4.0.conv1.weight", "encoder.0.linear1.weight", "backbone.bn1.running_mean"):

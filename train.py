@@ -46,19 +46,18 @@ def parse(argv):
     run.add_argument("--variant", metavar="V", help="one of " + ", ".join(variants.VARIANTS) + " (default: diffu)")
     run.add_argument("--data", help="toy, coco, or a folder in COCO's layout (default: toy)")
     run.add_argument("--data-root", help="where COCO is (default: $COCO_ROOT, else data/coco)")
-    run.add_argument("--preset", choices=("published", "small"), help="published: the paper's size and recipe (default "
-                     "on coco); small: learns from scratch on a CPU (default on other data)")
+    run.add_argument("--preset", choices=("published", "small"), help="the paper's size and recipe (default on coco), or "
+                     "one that learns from scratch on a CPU (default on other data)")
     run.add_argument("--out", help="the run's folder (default: out/<variant>-<data>)")
     run.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     run.add_argument("--weights", metavar="FILE", help="start from this checkpoint, published or ours (fine-tuning)")
-    run.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the first N training photos, not "
-                     "augmented: the first thing to try when a model does not learn")
+    run.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the first N training photos")
     run.add_argument("--freeze", help="comma-separated parts that are not trained, e.g. backbone,encoder")
     run.add_argument("--seed", type=int, help="of weights, data order, augmentation and noise (default: 0)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     run.add_argument("--workers", type=int, help="processes that read photos (default: 2, for toy 0)")
     run.add_argument("--amp", choices=("none", "bf16"), help="bf16: autocast; boxes stay float32 (default: none)")
-    run.add_argument("--save-steps", type=int, help="also save last.pth every so many steps (default: 500)")
+    run.add_argument("--save-steps", type=int, help="save last.pth every so many steps (default: 500), or 5 minutes")
     for title, table in (("the model (Config; defaults are the variant's)", Config),
                          ("the recipe (Recipe; defaults are the variant's or the preset's)", Recipe)):
         group = parser.add_argument_group(title)
@@ -102,6 +101,8 @@ def settle(given):
         run |= {"variant": meta["variant"], "preset": "checkpoint", "known": known}
         row, changes = Config(**meta["config"]), {}
         recipe = Recipe(**meta["recipe"]).but(**variants.FINE_TUNE_RECIPE)
+        if run["data"] != "toy" and not recipe.crop:                       # toy pictures' size does not suit photos
+            recipe = recipe.but(crop=True, **{k: variants.SMALL_RECIPE[k] for k in ("image_size", "max_size")})
     else:
         run["preset"] = run["preset"] or ("published" if run["data"] == "coco" else "small")
         row, changes, recipe = variants.variant(run["variant"]), {}, variants.recipe(run["variant"])
@@ -112,6 +113,8 @@ def settle(given):
             changes["backbone_norm"] = "batch"                        # frozen random statistics learn nothing
     if run["overfit"] and not {"steps", "epochs"} & set(given):
         recipe = recipe.but(**variants.OVERFIT_RECIPE)
+    if "image_size" in given:                                         # or the other cap would hold it back in silence
+        recipe = recipe.but(max_size=round(given["image_size"] * recipe.max_size / recipe.image_size))
     recipe = recipe.but(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
     cfg = row.but(**(changes | {f.name: given[f.name] for f in fields(Config) if f.name in given}))
     check(run)
@@ -135,7 +138,7 @@ def resumed(given):
     if given.get("weights"):
         raise ConfigError("--resume continues a run and --weights starts one: choose one")
     if not path.exists():
-        raise ConfigError(f"--resume {given['resume']}: there is no {path}")
+        raise ConfigError(f"--resume {given['resume']}: there is no {path}; a run saves it every --save-steps")
     checkpoint = weights.read_checkpoint(path)
     if checkpoint.get("format") != "minDETR" or "run" not in checkpoint:
         raise ConfigError(f"--resume {path}: it holds a model but no run (best.pth and published files do not): resume "
@@ -235,7 +238,7 @@ def train(run, cfg, recipe, checkpoint=None):
     # Where we are.
     per_epoch = len(data.BatchOrder(photos, recipe.batch_size, run["seed"], 0))
     total = recipe.steps or recipe.epochs * per_epoch
-    step, best, tested = 0, -1.0, 0
+    step, best, tested, saved = 0, -1.0, 0, time.time()
     out = Path(run["out"])
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
@@ -252,6 +255,8 @@ def train(run, cfg, recipe, checkpoint=None):
 
     def save(name, whole=True):
         """Write a checkpoint; `whole` ones can be resumed."""
+        nonlocal saved
+        saved = time.time()
         content = {"format": "minDETR", "variant": run["variant"], "config": asdict(cfg), "recipe": asdict(recipe),
                    "classes": classes, "category_ids": train_set.category_ids, "step": step,
                    "model": model.state_dict(), "ema": average.module.state_dict() if average else None}
@@ -318,6 +323,8 @@ def train(run, cfg, recipe, checkpoint=None):
                 clock, seen = time.time(), 0
                 lr = max(g["lr"] for g in optimizer.param_groups)
                 bar.set_postfix_str(f"loss {losses['total']:.3f} lr {lr:.1e} {speed:.1f} images/s")
+                if bar.disable and step % 50 == 0:                                           # not a terminal
+                    print(f"step {step}/{total}: loss {losses['total']:.3f}, {speed:.1f} images/s", flush=True)
                 line = {"step": step, "epoch": epoch, "lr": lr, "loss": losses.pop("total"), **losses,
                         "grad_norm": float(norm), "images_per_s": speed, "memory_mb": memory(device)}
                 log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
@@ -327,7 +334,7 @@ def train(run, cfg, recipe, checkpoint=None):
                 restore_signals()
                 print(f"stopped at step {step}; continue with: python train.py --resume {out}")
                 return metrics
-            if step == total or step % run["save_steps"] == 0:
+            if step == total or step % run["save_steps"] == 0 or time.time() - saved > 300:
                 save("last.pth")
             if step == total:
                 break
@@ -335,7 +342,7 @@ def train(run, cfg, recipe, checkpoint=None):
             metrics = test()
     restore_signals()
     bar.close()
-    print(f"done: best AP {best:.3f}; checkpoints, log, curves and predictions are in {out}")
+    print(f"done at step {step}: best AP {best:.3f}; checkpoints, log, curves and predictions are in {out}")
     return metrics
 
 

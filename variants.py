@@ -48,25 +48,20 @@ class Config:
     # ---- what sees the image
     backbone: str = option("resnet50", "torchvision ResNet", ("resnet18", "resnet34", "resnet50", "resnet101"))
     dilation: bool = option(False, "DC5: the last stage keeps stride 16 and dilates its 3x3 kernels instead")
-    backbone_norm: str = option("frozen", "frozen: pretrained statistics, as published; batch: trainable, needed from "
-                                "scratch", ("frozen", "batch"))
+    backbone_norm: str = option("frozen", "frozen, as published; batch: trainable, for scratch", ("frozen", "batch"))
     levels: int = option(1, "feature levels: 1 = C5 alone, 4 = C3, C4, C5 and a 3x3 stride-2 convolution on C5")
     pos_temperature: float = option(10000.0, "T of the sine position encoding of the image")
     pos_offset: float = option(0.0, "added to the cell count before it is normalised (-0.5: the cells' centres)")
     # ---- attention
-    attention: str = option("dense", "dense: all tokens (DETR); deformable: a few points per head (Zhu 2021)",
-                            ("dense", "deformable"))
+    attention: str = option("dense", "dense: all tokens; deformable: a few points per head", ("dense", "deformable"))
     points: int = option(4, "sampling points P per head and level")
     # ---- where a query starts
     queries: str = option("learned", "what places a query: learned embedding, learned 4-D anchors (DAB, DN), or "
                           "noise (DiffuDETR: the boxes are a diffusion variable)", ("learned", "anchors", "noise"))
-    two_stage: bool = option(False, "the encoder proposes boxes and is supervised; unless queries are noise, the best "
-                             "proposals are the first reference boxes")
-    content: str = option("zero", "first content: zero (DETR), split (Deformable: position and content are halves of "
-                          "one vector), learned (DINO's mixed selection, DiffuDETR), memory (features of the best "
-                          "proposals, published DiffuDINO)", ("zero", "split", "learned", "memory"))
-    query_position: str = option("learned", "the queries' position encoding: learned, or computed in every layer from "
-                                 "the sine of the reference box (DAB)", ("learned", "reference"))
+    two_stage: bool = option(False, "the encoder proposes the first reference boxes (noise: it is only supervised)")
+    content: str = option("zero", "zero (DETR), split (Deformable: half of the position's vector), learned (DINO), or memory "
+                          "(the best proposals' features: published DiffuDINO)", ("zero", "split", "learned", "memory"))
+    query_position: str = option("learned", "learned, or in every layer from the reference box", ("learned", "reference"))
     query_scale: bool = option(False, "scale that position by an MLP of the previous layer's output (DAB, DN)")
     # ---- how boxes improve from layer to layer
     refine: bool = option(False, "each layer starts from the previous layer's boxes (iterative refinement)")
@@ -74,15 +69,11 @@ class Config:
     shared_heads: bool = option(True, "one class and box head for all layers, or one each")
     decoder_norm: bool = option(True, "LayerNorm on every layer's output before the heads")
     # ---- what the encoder's proposals are (read when two_stage)
-    proposal_score: str = option("max", "rank proposals by class 0 alone (Deformable) or by the best class (DINO)",
-                                 ("first", "max"))
-    proposal_labels: str = option("true", "train the proposals on true labels (DINO) or on object-or-not: all targets "
-                                  "are class 0 (Deformable, published DiffuDINO)", ("true", "binary"))
-    proposal_loss: str = option("selected", "supervise the selected proposals (DINO) or all tokens (Deformable)",
-                                ("selected", "all"))
+    proposal_score: str = option("max", "rank by class 0 alone (Deformable) or by the best class", ("first", "max"))
+    proposal_labels: str = option("true", "true labels (DINO), or all class 0: object or not", ("true", "binary"))
+    proposal_loss: str = option("selected", "supervise the selected ones (DINO) or all tokens", ("selected", "all"))
     # ---- denoising queries, training only (diffusion.py)
-    denoising: str = option("none", "dn: reconstruct noised boxes (DN-DETR); cdn: and reject far ones (DINO)",
-                            ("none", "dn", "cdn"))
+    denoising: str = option("none", "dn: reconstruct noised boxes; cdn: and reject far ones", ("none", "dn", "cdn"))
     dn_queries: int = option(100, "cdn: positive denoising queries in all; as many groups as fit, at least 1")
     dn_groups: int = option(5, "dn: groups; each holds every target once")
     label_noise: float = option(0.2, "share of denoising labels replaced by a random class")
@@ -96,12 +87,10 @@ class Config:
     renewal: bool = option(True, "between evaluations, replace hopeless boxes by fresh noise")
     time: str = option("add", "how a decoder layer is told t: added after self-attention (paper), or scale and shift "
                        "before every sublayer (published code)", ("add", "scale_shift"))
-    sampler: str = option("ddim", "ddim, or published: the authors' code, whose update takes the unscaled box where "
-                          "DDIM has x0; only for their checkpoints", ("ddim", "published"))
+    sampler: str = option("ddim", "ddim, or the published code's, for its checkpoints only", ("ddim", "published"))
     ensemble_nms: float = option(0.8, "IoU of the NMS over all evaluations' boxes")
     # ---- assignment and loss (matcher.py)
-    class_loss: str = option("ce", "ce: softmax with a no-object class; focal; vfl: IoU-aware (published DiffuDINO)",
-                             ("ce", "focal", "vfl"))
+    class_loss: str = option("ce", "ce: softmax with no-object; focal; vfl: IoU-aware", ("ce", "focal", "vfl"))
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")

@@ -45,7 +45,8 @@ def library():
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
-        warnings.warn(f"deformable attention runs in plain PyTorch, which is slower: cpu.cpp was not built ({reason})")
+        warnings.warn(f"deformable attention runs in plain PyTorch, which is slower, as cpu.cpp could not be compiled "
+                      f"({reason}): install g++, or set CXX to a C++ compiler", stacklevel=2)
         return None
 
 
