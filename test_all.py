@@ -2049,7 +2049,7 @@ def test_eval_command_scores_data():
         assert code == 0, complained
         assert said.count("Average Precision") == said.count("Average Recall") == 6 and "= 1.000" in said
         assert "on the first 4 of 200 images" in said
-        with open(os.path.join(folder, "results.json")) as file:
+        with open(os.path.join(folder, "results-4.json")) as file:
             assert json.load(file)[0].keys() == {"image_id", "category_id", "bbox", "score"}
         other = meta | dict(classes=["cat", *dataset.classes[1:]])
         code, _, complained = _command("--weights", "x.pth", "--data", "toy", "--device", "cpu", checkpoint=(model, other))
