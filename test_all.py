@@ -46,6 +46,7 @@ import diffusion
 import eval as evaluation
 import matcher
 import msda
+import pictures
 import train
 import variants
 import weights
@@ -1973,13 +1974,13 @@ def test_eval_limit_and_unused_labels():
 
 def test_eval_draw():
     photo = Image.new("RGB", (640, 480), "gray")
-    drawn = evaluation.draw(photo, [[100, 100, 300, 200], [-50, 300, 9999, 9999]], [0, 1], ["cat", "dog"], [0.9, 0.4])
+    drawn = pictures.draw(photo, [[100, 100, 300, 200], [-50, 300, 9999, 9999]], [0, 1], ["cat", "dog"], [0.9, 0.4])
     assert drawn.size == photo.size and photo.getcolors() == [(640 * 480, (128, 128, 128))]      # the input is untouched
     changed = np.asarray(drawn) != 128
     assert changed[100, 100:300].any(-1).all() and changed[100:200, 300].any(-1).all()
     assert not changed[130:180, 120:280].any() and not changed[:70].any()
     assert tuple(drawn.getpixel((200, 200))) != tuple(drawn.getpixel((200, 300)))                # a colour per class
-    assert evaluation.draw(Image.new("L", (128, 96)), [], [], []).size == (512, 384)             # small: enlarged
+    assert pictures.draw(Image.new("L", (128, 96)), [], [], []).size == (512, 384)             # small: enlarged
 
 
 def test_eval_picture_grid():
@@ -2002,7 +2003,7 @@ def test_eval_plot_curves():
         for text in ("\n".join(training + tests) + '\n{"step": 91, "lo', training[0], "\n".join(tests), ""):
             with open(log, "w") as file:
                 file.write(text)
-            evaluation.plot_curves(log, out)
+            pictures.plot_curves(log, out)
             with Image.open(out) as picture:
                 assert picture.width > 1000
             os.remove(out)

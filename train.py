@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import data
 import eval as evaluation
+import pictures
 import variants
 import weights
 from matcher import Criterion
@@ -282,7 +283,7 @@ def train(run, cfg, recipe, checkpoint=None):
             evaluation.picture_grid(model_now, val_set, out / "predictions.png", score=0.3)
         tested = step
         save("last.pth")
-        evaluation.plot_curves(out / "log.jsonl", out / "curves.png")
+        pictures.plot_curves(out / "log.jsonl", out / "curves.png")
         return metrics
 
     def due():

@@ -1,0 +1,93 @@
+"""Pictures for people: boxes on photos, pages of photos, and a run's curves.
+
+Nothing here knows a model: eval.py says what to draw. `draw` (one photo), `sheet` (many), `plot_curves` (a log).
+"""
+import colorsys
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+def draw(photo, boxes, labels, classes, scores=None):
+    """A copy of a photo with boxes, names and scores on it; a small one is enlarged, so that the names can be read.
+
+    photo: PIL. boxes: K x (x0, y0, x1, y1) in its pixels. labels: K ints. classes: names. scores: K, or None.
+    """
+    zoom = max(1, round(480 / max(photo.size)))
+    picture = ImageOps.scale(photo.convert("RGB"), zoom)
+    width, height = picture.size
+    pen, line = ImageDraw.Draw(picture), max(3, round(max(width, height) / 250))
+    font = ImageFont.load_default(size=max(13, max(width, height) / 45))
+    boxes = [[min(max(x * zoom, 0), side - 1) for x, side in zip(box, (width, height) * 2)] for box in boxes]
+    # The golden angle keeps the hues of any few neighbouring labels far apart.
+    hues = [colorsys.hsv_to_rgb(0.58 + 0.618034 * label, 0.82, 0.95) for label in labels]
+    colours = [tuple(round(255 * x) for x in hue) for hue in hues]
+    for (x0, y0, x1, y1), colour in reversed(list(zip(boxes, colours))):             # the best on top
+        pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=line + 2)       # seen on any background
+        pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
+    texts = [classes[c] + ("" if scores is None else f" {scores[i]:.2f}") for i, c in enumerate(labels)]
+    tags = []                                            # names after all boxes, or a box would cross them out
+    for (x0, y0, x1, y1), colour, text in zip(boxes, colours, texts):
+        w, h = pen.textlength(text, font) + 6, font.size * 1.3
+        x = min(x0, max(width - w, 0))
+        places = [y for y in (y0 - h, y0, y1, y1 - h, *np.arange(y0 + h, y1 - h, h)) if 0 <= y <= height - h] or [0]
+        free = [y for y in places if all(abs(y - b) >= h or x + w <= a or a + c <= x for a, b, c in tags)]
+        y = (free or places)[0]                          # above the box, else wherever no other name stands
+        tags.append((x, y, w))
+        pen.rectangle((x, y, x + w, y + h), fill=colour)
+        bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140                         # to the eye (BT.601)
+        pen.text((x + 3, y + h / 2), text, font=font, fill="black" if bright else "white", anchor="lm")
+    return picture
+
+
+def sheet(drawn, titles):
+    """Pictures (PIL) in rows under one title per column -> one white page."""
+    gap, head, columns = 12, 44, len(titles)                                                             # pixels
+    rows, width = [drawn[i:i + columns] for i in range(0, len(drawn), columns)], gap + max(p.width for p in drawn)
+    heights = [gap + max(picture.height for picture in row) for row in rows]
+    page = Image.new("RGB", (len(rows[0]) * width + gap, head + sum(heights)), "white")
+    pen, font, top = ImageDraw.Draw(page), ImageFont.load_default(size=22), head
+    for row, height in zip(rows, heights):
+        for middle, picture, title in zip(range((gap + width) // 2, page.width, width), row, titles):
+            page.paste(picture, (middle - picture.width // 2, top + (height - gap - picture.height) // 2))
+            pen.text((middle, head / 2), title, font=font, fill="black", anchor="mm")
+        top += height
+    return page
+
+
+def plot_curves(log_path, out_path):
+    """Draw a run's log.jsonl: losses (log axis, smoothed over the raw line) and COCO AP over steps -> an image file."""
+    from matplotlib.figure import Figure            # not pyplot: no display, no global state; here: slow to import
+    lines = []
+    for text in Path(log_path).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):                    # a run that was killed leaves half a line
+            lines.append(json.loads(text))
+
+    def series(key, least):                              # [2,N]: steps, values
+        return np.array([(line["step"], line[key]) for line in lines if line.get(key, -1) >= least]).reshape(-1, 2).T
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key, name, colour in (("loss", "total", "black"), ("loss_class", "class", "tab:blue"),
+                              ("loss_bbox", "L1", "tab:orange"), ("loss_giou", "GIoU", "tab:green")):
+        for key, name, style in ((key, name, "-"), (f"{key}_dn", f"{name}, denoising", "--")):
+            steps, values = series(key, 1e-12)
+            if len(steps):
+                window = np.ones(max(1, len(steps) // 30))           # it holds fewer values at the ends
+                smooth, held = (np.convolve(x, window, "same") for x in (values, np.ones(len(steps))))
+                left.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
+                left.plot(steps, smooth / held, style, color=colour, label=name)
+    for key, colour in (("AP", "tab:red"), ("AP50", "tab:purple")):
+        steps, values = series(key, 0)                   # pycocotools' -1 is no measurement
+        if len(steps):
+            right.plot(steps, values, ".-", color=colour, label=f"{key} (last: {values[-1]:.3f})")
+    left.set(yscale="log", title="training loss", xlabel="step")
+    right.set(ylim=(0, None), title="COCO metrics on the validation photos", xlabel="step")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+        if axis.lines:
+            axis.legend()
+    figure.savefig(out_path, dpi=130)
