@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
+import diffusion
 import eval as evaluation
 import pictures
 import variants
@@ -415,6 +416,8 @@ def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
     base = variants.variant(run["variant"])
     differs = {f.name: getattr(cfg, f.name) for f in fields(Config) if getattr(cfg, f.name) != getattr(base, f.name)}
     print("model, where it differs from the published one: " + (", ".join(f"{k}={v}" for k, v in differs.items()) or "-"))
+    if cfg.queries == "noise":
+        print(f"diffusion: T = {cfg.timesteps}, {cfg.schedule}, terminal signal-to-noise {diffusion.terminal_snr(cfg):.1e}")
     print("recipe: " + ", ".join(f"{k}={v}" for k, v in asdict(recipe).items()))
     (out / "run.json").write_text(json.dumps({"run": run, "config": asdict(cfg), "recipe": asdict(recipe)}, indent=1))
 

@@ -455,22 +455,20 @@ def check_sampling(shared, found):
     found["sampling"] = found["renewal"] = 0.0
     for S in (3, 1):
         model = published_model(shared, case, "diffu_dino_published", overrides, evaluations=S)
-        with mock.patch.object(model, "decode", wraps=model.decode) as spy, torch.no_grad(), \
-                draws(randn=noises(shared, S + 1, 1)), \
+        seen = []
+        with torch.no_grad(), draws(randn=noises(shared, S + 1, 1)), \
                 mock.patch("diffusion.signal_rates", lambda *_: Rounded(buffers)):
-            outputs = model(image, mask)
-        evaluations = outputs["evaluations"]
-        for k, call in enumerate(spy.call_args_list):
+            outputs = model(image, mask, watch=seen.append)
+        for k, step in enumerate(seen):
             prefix = f"S{S}_e{k}_"
-            score = evaluations["logits"][k, 0].sigmoid().amax(-1)
-            found["sampling"] = max(found["sampling"], apart(out[prefix + "ref"], call.args[4][0]),
-                                    apart(out[prefix + "box"], evaluations["boxes"][k, 0]),
-                                    apart(out[prefix + "logits_first20"], evaluations["logits"][k, 0, :20]),
-                                    apart(out[prefix + "maxscore"], score))
-            found["renewal"] += different(out[prefix + "keep"], score > float(out[prefix + "threshold"]))
+            found["sampling"] = max(found["sampling"], apart(out[prefix + "ref"], step["references"][0]),
+                                    apart(out[prefix + "box"], step["boxes"][0]),
+                                    apart(out[prefix + "logits_first20"], step["logits"][0, :20]),
+                                    apart(out[prefix + "maxscore"], step["logits"][0].sigmoid().amax(-1)))
+            found["renewal"] += different(out[prefix + "keep"], step["keep"][0])
         answers = {"ens_nms": (outputs, model.cfg)} if S == 3 else {"final": (outputs, model.cfg)}
         if S == 3:
-            last = {key: value[-1:] for key, value in evaluations.items()}
+            last = {key: value[-1:] for key, value in outputs["evaluations"].items()}
             answers["ens_nonms"] = outputs, model.cfg.but(ensemble_nms=1.0)
             answers["noens"] = outputs | {"evaluations": last}, model.cfg
         for name, (o, cfg) in answers.items():
