@@ -146,7 +146,8 @@ def draw_noise(law, *shape, generator=None, dtype=torch.float32, device=None):
 
     gaussian:         N(0, 1), as published; the only unbounded one, so references are clamped.
     sigmoid_gaussian: sigmoid(z) - 1/2 with z ~ N(0, 1), over its standard deviation; within +-2.40.
-    beta:             b - 1/2 with b ~ Beta(2, 2), over its standard deviation; within +-2.24.
+    beta:             b - 1/2 with b ~ Beta(1, 1), over its standard deviation: uniform, within +-1.73. (The bell of
+                      Beta(2, 2) would hardly differ from sigmoid_gaussian.)
 
     The forward process is x_t = sqrt(a) x_0 + sqrt(1 - a) noise under each; DDIM with eta = 0 carries a draw along and
     never asks for its law. The paper names the three and gives no formula: these are this project's choice.
@@ -155,8 +156,8 @@ def draw_noise(law, *shape, generator=None, dtype=torch.float32, device=None):
     if law == "gaussian":
         return torch.randn(*shape, **kind)
     if law == "sigmoid_gaussian":
-        return (torch.randn(*shape, **kind).sigmoid() - 0.5) / 0.20827672
-    return (torch.rand(*shape, 3, **kind).median(-1).values - 0.5) / 0.05 ** 0.5   # 3 uniforms' median is Beta(2, 2)
+        return (torch.randn(*shape, **kind).sigmoid() - 0.5) / 0.20827634
+    return (torch.rand(*shape, **kind) - 0.5) * 12 ** 0.5
 
 
 def add_noise(x0, noise, rate):
@@ -241,8 +242,8 @@ def sample(decode, batch_size, cfg, device, dtype, generators=None, watch=None):
         watch: called after every evaluation with a dict of what it saw: t, references, rows, logits and boxes of the last
             layer, keep [B, Q'] (False: the query starts again from fresh noise).
 
-    Returns the last evaluation's (logits, boxes), and every evaluation's best pairs, stacked [S, B, K, ...], for the
-    ensemble: what is kept of an evaluation is a few kilobytes, so that memory does not grow with S.
+    Returns the last evaluation's (logits, boxes), and a list of every evaluation's `best_pairs` for the ensemble: what is
+    kept of an evaluation is a few kilobytes, so that memory does not grow with S.
     """
     generators = generators or [torch.Generator().manual_seed(0) for _ in range(batch_size)]
     if len(generators) != batch_size:
@@ -276,4 +277,4 @@ def sample(decode, batch_size, cfg, device, dtype, generators=None, watch=None):
         if cfg.survivors < 1 and len(evaluations) == 1:            # the others had their chance: their answers are kept
             best = score.topk(math.ceil(cfg.survivors * cfg.num_queries), 1).indices
             x, rows = x.gather(1, best[..., None].expand(-1, -1, 4)), rows.gather(1, best)
-    return (logits, boxes), {key: torch.stack([e[key] for e in evaluations]) for key in evaluations[0]}
+    return (logits, boxes), evaluations

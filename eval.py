@@ -37,7 +37,7 @@ def postprocess(outputs, sizes, cfg):
     """What the model says about B images -> a list of B dicts, each sorted by score, best first.
 
     outputs: the model's dict; read is the last layer of "logits" [L,B,Q,C] and "boxes" [L,B,Q,4] (cx, cy, w, h in 0..1)
-    or, where a diffusion model gives it, "evaluations" (`diffusion.best_pairs`). sizes: [B,2], height and width of the
+    or, where a diffusion model gives them, its "evaluations". sizes: [B,2], height and width of the
     original photos in pixels. cfg: its class_loss, detections and ensemble_nms are read.
     Each dict: "scores" [K] in 0..1, "labels" [K], "boxes" [K,4] as x0, y0, x1, y1 in pixels, in the outputs' dtype.
 
@@ -47,22 +47,21 @@ def postprocess(outputs, sizes, cfg):
     """
     sampled = "evaluations" in outputs
     if sampled:
-        best = outputs["evaluations"]                                                            # each [S,B,K,...]
+        answers = outputs["evaluations"]
     elif cfg.class_loss == "ce":
-        scores, labels = outputs["logits"][-1:].softmax(-1)[..., :-1].max(-1)                    # [1,B,Q]
+        scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)                     # [B,Q]
         scores, query = scores.sort(dim=-1, descending=True, stable=True)
         scores, query = scores[..., :cfg.detections], query[..., :cfg.detections]
-        best = {"scores": scores, "labels": labels.gather(-1, query),
-                "boxes": outputs["boxes"][-1:].gather(2, query[..., None].expand(-1, -1, -1, 4))}
+        answers = [{"scores": scores, "labels": labels.gather(-1, query),
+                    "boxes": outputs["boxes"][-1].gather(1, query[..., None].expand(-1, -1, 4))}]
     else:
-        best = diffusion.best_pairs(outputs["logits"][-1:], outputs["boxes"][-1:], cfg.detections)
-    scores, labels, boxes = (best[key] for key in ("scores", "labels", "boxes"))
+        answers = [diffusion.best_pairs(outputs["logits"][-1], outputs["boxes"][-1], cfg.detections)]
+    scores, labels, boxes = (torch.cat([answer[key] for answer in answers], 1) for key in ("scores", "labels", "boxes"))
     limits = sizes.to(boxes).flip(-1).repeat(1, 2)                                               # [B,4]: w, h, w, h
-    boxes = box_convert(boxes, "cxcywh", "xyxy") * limits[:, None]                               # [S,B,K,4]
+    boxes = box_convert(boxes, "cxcywh", "xyxy") * limits[:, None]                               # [B,K,4], K of all S
     found = []
-    for i, limit in enumerate(limits):
-        s, c, b = (t[:, i].flatten(0, 1) for t in (scores, labels, boxes))                       # of all S: [S*K]
-        if len(boxes) > 1:
+    for s, c, b, limit in zip(scores, labels, boxes, limits):
+        if len(answers) > 1:
             # batched_nms shifts boxes by label * size: a hundredth of a pixel is lost in float32, none in float64.
             keep = batched_nms(b.double(), s.double(), c, cfg.ensemble_nms)[:cfg.detections]
             s, c, b = s[keep], c[keep], b[keep]
@@ -189,6 +188,7 @@ def predict(model, meta, paths, score=0.5, transform=None, folder=None, trajecto
             drawn = pictures.draw(photo, found["boxes"], found["labels"], classes, found["scores"])
             drawn.save(result["picture"], quality=92)
             if trajectory:
+                steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
                 steps = [{k: v if k == "t" else v[0].cpu() for k, v in step.items()} for step in steps]         # of image 0
                 pictures.strip(photo, steps, drawn).save(Path(folder) / f"{name}-trajectory.png")
                 pictures.film(photo, steps, drawn, Path(folder) / f"{name}-trajectory.webp")

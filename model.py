@@ -274,7 +274,7 @@ class Detector(nn.Module):
 
         Returns a dict: logits [L, B, Q, C] and boxes [L, B, Q, 4] of all decoder layers, the last is the answer; "enc"
         (two_stage): logits, boxes of the proposals; "dn" (denoising, in training): logits, boxes and queries, a
-        `diffusion.Denoising`; "evaluations" (diffusion, in evaluation): `diffusion.best_pairs` of each, [S, B, K, ...].
+        `diffusion.Denoising`; "evaluations" (diffusion, in evaluation): a list with `diffusion.best_pairs` of each.
         """
         cfg = self.cfg
         if images.shape[0] != mask.shape[0] or images.shape[2:] != mask.shape[1:]:

@@ -52,13 +52,13 @@ def strip(photo, steps, detections):
 
     photo: PIL. steps: a list of dicts, one per evaluation: t; references [Q', 4], what the decoder was given, and boxes
     [Q', 4], what it made of them (cxcywh in [0, 1]); rows [Q'], which query each is; keep [Q'] bool, False: it starts
-    again from fresh noise. detections: the photo with the final detections drawn on it.
+    again from fresh noise (in the last step: it is no detection). detections: the photo with the final ones drawn on it.
     """
     photo = fitted(photo, 360)
     panels = [(f"noise, t = {steps[0]['t']}", boxes_of_queries(photo, steps[0], 0))]
     for number, step in enumerate(steps, 1):
-        kept = "" if number == len(steps) else f": {int(step['keep'].sum())} of {len(step['keep'])} kept"
-        panels.append((f"evaluation {number}{kept}", boxes_of_queries(photo, step, 1)))
+        kept = f"{int(step['keep'].sum())} of {len(step['keep'])} " + ("kept" if number < len(steps) else "found")
+        panels.append((f"evaluation {number}: {kept}", boxes_of_queries(photo, step, 1)))
     panels.append(("detections", detections.resize(photo.size, Image.Resampling.LANCZOS)))
     return sheet([picture for _, picture in panels], [title for title, _ in panels])
 
@@ -66,7 +66,7 @@ def strip(photo, steps, detections):
 def film(photo, steps, detections, path, moves=8):
     """The same as an animation (WebP): each evaluation moves its boxes from the references to the decoder's answer, then
     the kept ones go on to the next time, while the rest make room for fresh noise."""
-    photo, frames, held = fitted(photo, 480), [], []                                    # held: milliseconds a frame stays
+    photo, frames, held = fitted(photo, 480), [], []                                     # held: milliseconds of each frame
     for number, step in enumerate(steps):
         for part in np.linspace(0, 1, moves):
             eased = (1 - np.cos(np.pi * part)) / 2                                           # slow at both ends
@@ -83,21 +83,21 @@ def fitted(photo, longest):
 
 
 def boxes_of_queries(photo, step, part, text=None):
-    """The photo with an evaluation's boxes, `part` of the way from its references to its answers: coloured by query if
-    they are kept, thin and grey if they start again."""
-    picture = photo.copy()
-    pen, scale = ImageDraw.Draw(picture), np.array(photo.size * 2)
+    """The photo with an evaluation's boxes, `part` of the way from its references to its answers: every query in its own
+    colour, thick if it is kept, thin and pale if it starts again."""
+    overlay = Image.new("RGBA", photo.size)
+    pen, limit = ImageDraw.Draw(overlay), np.array(photo.size * 2) - 1
     boxes = (1 - part) * np.asarray(step["references"]) + part * np.asarray(step["boxes"])
-    corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1).clip(0, 1)
+    corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1).clip(0, 1) * limit
     for kept in (False, True):                                                                    # the kept ones on top
-        for box, query, keep in zip((corners * (scale - 1)).tolist(), step["rows"].tolist(), step["keep"].tolist()):
+        for box, query, keep in zip(corners.tolist(), step["rows"].tolist(), step["keep"].tolist()):
             if keep == kept:
-                pen.rectangle(box, outline=colour_of(query) if kept else (150, 150, 150), width=2 if kept else 1)
+                pen.rectangle(box, outline=(*colour_of(query), 255 if kept else 150), width=3 if kept else 1)
     if text:
         font = ImageFont.load_default(size=22)
         pen.rectangle((0, 0, pen.textlength(text, font) + 12, 32), fill="white")
         pen.text((6, 16), text, font=font, fill="black", anchor="lm")
-    return picture
+    return Image.alpha_composite(photo.convert("RGBA"), overlay).convert("RGB")
 
 
 def sheet(drawn, titles):

@@ -468,9 +468,8 @@ def check_sampling(shared, found):
             found["renewal"] += different(out[prefix + "keep"], step["keep"][0])
         answers = {"ens_nms": (outputs, model.cfg)} if S == 3 else {"final": (outputs, model.cfg)}
         if S == 3:
-            last = {key: value[-1:] for key, value in outputs["evaluations"].items()}
             answers["ens_nonms"] = outputs, model.cfg.but(ensemble_nms=1.0)
-            answers["noens"] = outputs | {"evaluations": last}, model.cfg
+            answers["noens"] = outputs | {"evaluations": outputs["evaluations"][-1:]}, model.cfg
         for name, (o, cfg) in answers.items():
             compare_answer(found, out, f"S{S}_{name}", evaluation.postprocess(o, sizes, cfg)[0])
 
