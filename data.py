@@ -16,10 +16,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import to_pil_image
+
+import toy
 
 # ImageNet's mean and deviation (R, G, B), with which the pretrained backbones were fed; [3,1,1]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -259,76 +261,29 @@ class CocoFolder(Photos):
         return coco | dict(info={}, images=images)
 
 # ============================================================================================ toy shapes
-def _outline(corners, start, radii=(1.0,)):
-    angle, radius = math.radians(start) + np.arange(corners) * 2 * math.pi / corners, np.resize(radii, corners)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)  # [corners, 2]
-
-OUTLINES = {"circle": _outline(48, 0), "square": _outline(4, 45), "triangle": _outline(3, -90),
-            "star": _outline(10, -90, (1.0, 0.45)), "ring": _outline(48, 0)}
-PALETTE = [(r, g, b) for r in (30, 128, 225) for g in (30, 128, 225) for b in (30, 128, 225)]
-
-def shape_mask(name, points):
-    """Coverage of the shape whose outline is points [k,2] in pixels: (PIL "L" mask, its (left, top) in the picture).
-    Drawn 4x as large, then averaged: PIL draws in whole pixels, and so the edges lie within an eighth of a pixel of
-    `points`, whose extremes are the box."""
-    low, high = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
-    mask, points = Image.new("L", tuple((4 * (high - low)).tolist())), (points - low) * 4
-    ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=255)
-    if name == "ring":
-        ImageDraw.Draw(mask).polygon((points * 0.55 + points.mean(0) * 0.45).ravel().tolist(), fill=0)
-    return mask.reduce(4), tuple(low.tolist())
-
 class ToyShapes(Photos):
-    """`count` pictures, `size` pixels square, of 1 to 6 shapes of 5 classes; picture i depends on (seed, i) alone.
+    """`count` pictures of toy.py, `size` pixels square; picture i depends on (seed, i) alone.
     Attributes, items and ground_truth() as in `CocoFolder`: what cannot learn this will not learn COCO either."""
     def __init__(self, count, size=128, seed=0, transform=None, category_ids=None):
         self.size, self.seed, self.transform, self.image_ids = size, seed, transform, list(range(1, count + 1))
-        self.categories = [dict(id=i, name=name) for i, name in enumerate(OUTLINES, 1)]
+        self.categories = [dict(id=i, name=name) for i, name in enumerate(toy.OUTLINES, 1)]
         self.category_ids, self.classes, self.label_of = _label_map(self.categories, category_ids, "toy shapes")
-        self.summary = f"{count} images of {size} pixels, drawn on the fly, {len(OUTLINES)} classes"
-
-    def scene(self, i):
-        """(random.Random to go on drawing with, list of (category, outline [k,2] px, box [x,y,w,h] px))."""
-        rng, shapes, hidden = random.Random(f"toy {self.seed} {i}"), [], []  # hidden: share of each box behind others
-        for _ in range(rng.randint(1, 6)):
-            category = rng.choice(self.categories)
-            for _ in range(20):  # tries to find a place; in a full picture this shape is left out
-                cos, sin = math.cos(turn := rng.uniform(-0.3, 0.3)), math.sin(turn)
-                points = OUTLINES[category["name"]] @ np.array([[cos, sin], [-sin, cos]])
-                points -= points.min(0)
-                points *= self.size * rng.uniform(0.12, 0.5) / points.max()  # the box's longer side
-                w, h = points.max(0).tolist()
-                x, y = rng.uniform(0, self.size - w), rng.uniform(0, self.size - h)
-                behind = [part + max(0, min(x + w, X + W) - max(x, X)) * max(0, min(y + h, Y + H) - max(y, Y)) / (W * H)
-                          for part, (_, _, (X, Y, W, H)) in zip(hidden, shapes)]
-                if max(behind, default=0) <= 0.3:  # of the box, which keeps about half of the shape in sight at worst
-                    shapes.append((category, points + [x, y], [x, y, w, h]))
-                    hidden = behind + [0]
-                    break
-        return rng, shapes
+        self.id_of = {category["name"]: category["id"] for category in self.categories}
+        self.summary = f"{count} images of {size} pixels, drawn on the fly, {len(toy.OUTLINES)} classes"
 
     def read(self, i):
         """PIL image, boxes float32 [n,4] xyxy pixels, labels int64 [n]; later shapes lie on top."""
-        rng, shapes = self.scene(i)
-        # Two colours of a picture differ by at least 57 levels (97 - 2 * 20) in some channel, so that edges show.
-        ground, *colours = [tuple(level + rng.randint(-20, 20) for level in colour)
-                            for colour in rng.sample(PALETTE, len(shapes) + 1)]
-        part, across = rng.uniform(0, 1), np.linspace(-30, 30, self.size, dtype=np.float32)
-        ramp = part * across[:, None] + (1 - part) * across  # [size,size]: lighter to one side, and noise
-        noise = np.frombuffer(rng.randbytes(self.size ** 2 * 3), np.uint8).reshape(self.size, self.size, 3)
-        pixels = np.float32(ground) + ramp[..., None] + (noise * np.float32(0.12) - 15)
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        for (category, points, _), colour in zip(shapes, colours):
-            mask, corner = shape_mask(category["name"], points)
-            image.paste(colour, corner, mask)
-        labels = np.array([self.label_of[category["id"]] for category, _, _ in shapes])
-        return image, np.float32([[x, y, x + w, y + h] for _, _, (x, y, w, h) in shapes]), labels
+        rng, shapes = toy.scene(f"toy {self.seed} {i}", self.size)
+        labels = np.array([self.label_of[self.id_of[name]] for name, _, _ in shapes])
+        boxes = np.float32([[x, y, x + w, y + h] for _, _, (x, y, w, h) in shapes])
+        return toy.picture(rng, shapes, self.size), boxes, labels
 
     def ground_truth(self):
         images = [dict(id=key, width=self.size, height=self.size) for key in self.image_ids]
-        boxes = [(key, *shape) for i, key in enumerate(self.image_ids) for shape in self.scene(i)[1]]
-        annotations = [dict(id=n, image_id=key, category_id=category["id"], bbox=[x, y, w, h], area=w * h, iscrowd=0)
-                       for n, (key, category, _, (x, y, w, h)) in enumerate(boxes, 1)]
+        boxes = [(key, name, box) for i, key in enumerate(self.image_ids)
+                 for name, _, box in toy.scene(f"toy {self.seed} {i}", self.size)[1]]
+        annotations = [dict(id=n, image_id=key, category_id=self.id_of[name], bbox=[x, y, w, h], area=w * h, iscrowd=0)
+                       for n, (key, name, (x, y, w, h)) in enumerate(boxes, 1)]
         return dict(info={}, images=images, annotations=annotations, categories=self.categories)
 
 def open_data(data, data_root=None, split="train", transform=None, category_ids=None, image_size=128, toy_count=None):

@@ -50,6 +50,7 @@ import eval as evaluation
 import matcher
 import msda
 import pictures
+import toy
 import train
 import variants
 import weights
@@ -1845,16 +1846,16 @@ def test_data_toy_boxes_are_tight():
     toys, classes, sides, counts, shifts = data.ToyShapes(150), set(), [], set(), []
     for i in range(len(toys)):
         image, boxes, labels = toys.read(i)
-        shapes = toys.scene(i)[1]
+        shapes = toy.scene(f"toy 0 {i}", 128)[1]
         counts.add(len(shapes))
         assert image.size == (128, 128) and boxes.dtype == np.float32 and (boxes >= 0).all() and (boxes <= 128).all()
         sides += (boxes[:, 2:] - boxes[:, :2]).max(1).tolist()
         seen = np.zeros((128, 128), int)
         areas = []
-        for number, ((category, points, _), box, label) in enumerate(zip(shapes, boxes, labels), 1):
-            assert toys.classes[label] == category["name"]
-            classes.add(category["name"])
-            mask, corner = data.shape_mask(category["name"], points)
+        for number, ((name, points, _), box, label) in enumerate(zip(shapes, boxes, labels), 1):
+            assert toys.classes[label] == name
+            classes.add(name)
+            mask, corner = toy.shape_mask(name, points)
             canvas = Image.new("L", (128, 128))
             canvas.paste(mask, corner)
             cover = np.asarray(canvas) / 255
@@ -1862,7 +1863,7 @@ def test_data_toy_boxes_are_tight():
             for axis in (0, 1):
                 assert outer[axis][0] >= np.floor(box[axis]) and outer[axis][-1] + 1 <= np.ceil(box[axis + 2])
                 assert outer[axis][0] <= box[axis] + 1.01 and outer[axis][-1] + 1 >= box[axis + 2] - 1.01
-            if category["name"] in ("circle", "square"):
+            if name in ("circle", "square"):
                 centre = [np.average(np.arange(128) + 0.5, weights=cover.sum(axis)) for axis in (0, 1)]
                 shifts.append(centre - (box[:2] + box[2:]) / 2)
             seen[cover >= 0.5] = number
