@@ -75,8 +75,11 @@ def bench_msda(runs):
 class Unreused(Detector):
     """The decoder as published: every evaluation projects the memory anew in every layer."""
 
+    def project_values(self, memory):
+        return None
+
     def decode(self, memory, values, *args, **kwargs):
-        return super().decode(memory, self.project_values(memory), *args, **kwargs)
+        return super().decode(memory, super().project_values(memory), *args, **kwargs)
 
 
 def bench_flops(runs, variant, height, width):

@@ -2309,12 +2309,12 @@ TINY_RUN = ["--image-size", "64", "--max-size", "64", "--queries", "10", "--d-mo
 
 def coco_folder(folder, photos=6):
     """A small data set of toy shapes in COCO's layout, with category ids 7, 9, ..."""
-    toy = data.ToyShapes(photos, size=64)
+    shapes = data.ToyShapes(photos, size=64)
     for split in ("train2017", "val2017"):
         (folder / split).mkdir(parents=True)
-        truth = copy.deepcopy(toy.ground_truth())
+        truth = copy.deepcopy(shapes.ground_truth())
         for i, image in enumerate(truth["images"]):
-            toy.read(i)[0].save(folder / split / f"{image['id']}.png")
+            shapes.read(i)[0].save(folder / split / f"{image['id']}.png")
             image["file_name"] = f"{image['id']}.png"
         for thing in truth["categories"]:
             thing["id"] = 7 + 2 * thing["id"]
