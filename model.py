@@ -274,7 +274,8 @@ class Detector(nn.Module):
 
         Returns a dict: logits [L, B, Q, C] and boxes [L, B, Q, 4] of all decoder layers, the last is the answer; "enc"
         (two_stage): logits, boxes of the proposals; "dn" (denoising, in training): logits, boxes and queries, a
-        `diffusion.Denoising`; "evaluations" (diffusion, in evaluation): a list with `diffusion.best_pairs` of each.
+        `diffusion.Denoising`; "evaluations" (diffusion, in evaluation, where L is 1: the last evaluation's last layer): a
+        list with `diffusion.best_pairs` of each.
         """
         cfg = self.cfg
         if images.shape[0] != mask.shape[0] or images.shape[2:] != mask.shape[1:]:
@@ -295,7 +296,7 @@ class Detector(nn.Module):
         if cfg.queries == "noise" and not self.training:                                         # DiffuDETR, inference
             def decode(reference, t, rows):
                 own = content.gather(1, rows[..., None].expand(-1, -1, cfg.d_model))
-                return self.decode(memory, values, own, None, reference, t=t)
+                return self.decode(memory, values, own, None, reference, t=t, every_layer=False)
             (logits, boxes), evaluations = diffusion.sample(
                 decode, len(images), cfg, images.device, memory.centres.dtype, generator, watch)
             return outputs | {"logits": logits, "boxes": boxes, "evaluations": evaluations}
@@ -438,12 +439,13 @@ class Detector(nn.Module):
             return [memory.tokens] * len(self.decoder)
         return [layer.cross_attn.project(memory.tokens, memory.mask) for layer in self.decoder]
 
-    def decode(self, memory, values, content, pos, reference, blocked=None, t=None):
+    def decode(self, memory, values, content, pos, reference, blocked=None, t=None, every_layer=True):
         """One evaluation of the decoder.
 
         Args:
             content [B, Q, d], pos [B, Q, d] or None, reference [B, Q, 2 or 4] or None: as from `first_queries`.
             blocked: [Q, Q] self-attention mask or None. t: [B] diffusion time or None.
+            every_layer: False: only the last layer answers (L is 1), which saves the heads of the others.
 
         Returns logits [L, B, Q, C] and boxes [L, B, Q, 4].
         """
@@ -472,12 +474,17 @@ class Detector(nn.Module):
             x = layer(x, pos, attend, blocked, t)
             h = self.decoder_norm(x)
             head = min(l, len(self.bbox_embed) - 1)
-            logits.append(self.class_embed[head](h))
-            delta = self.bbox_embed[head](h).to(memory.centres)                   # boxes stay float32 under autocast
-            box = (delta + self.logit_of(base)).sigmoid()
-            boxes.append(box)
+            last = l == len(self.decoder) - 1
+            if every_layer or last or not cfg.look_forward_twice:
+                delta = self.bbox_embed[head](h).to(memory.centres)               # boxes stay float32 under autocast
+                box = (delta + self.logit_of(base)).sigmoid()
+            if every_layer or last:
+                logits.append(self.class_embed[head](h))
+                boxes.append(box)
+            if last:
+                break
             if cfg.look_forward_twice:        # DINO, section 3.5: the next layer's loss reaches this layer's box once more
-                delta = self.bbox_embed[head](x).to(delta)
+                delta = self.bbox_embed[head](x).to(memory.centres)
                 base = (delta + self.logit_of(reference)).sigmoid()
                 reference = base.detach()
             elif cfg.refine:                                         # Deformable DETR, appendix A.4: iterative refinement
