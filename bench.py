@@ -2,26 +2,17 @@
 
     python bench.py msda          deformable attention: every way this machine can compute it, beside plain grid_sample
     python bench.py flops         DiffuDETR's operations and time by decoder evaluations, with and without reused values
-    python bench.py ablate        DiffuDETR's ablations at the small size, beside the paper's; stop and restart it at will
 """
 import argparse
-import json
 import platform
 import statistics
-import sys
 import time
-from collections import defaultdict
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import eval as evaluation
 import msda
-import train
 import variants
-import weights
 from model import Detector
 from msda_cuda import cpu
 
@@ -123,91 +114,14 @@ def bench_flops(runs, variant, height, width):
                       f"{statistics.median(seconds[name]):6.2f} s{step}", flush=True)
 
 
-# =================================================================================================== the paper's ablations
-
-# The paper's AP of every choice (DiffuDINO, COCO); None where it gives none. The first of each axis is the default.
-ABLATIONS = {
-    "noise": {"gaussian": 51.9, "sigmoid_gaussian": 50.4, "beta": 49.5},
-    "schedule": {"cosine": 51.9, "linear": 51.6, "sqrt": 51.4},
-    "content": {"learned": None, "memory": None},
-    "time": {"add": None, "scale_shift": None},
-    "evaluations": {3: 51.9, 1: 51.6, 5: 51.8, 10: 51.4},
-    "sampler": {"ddim": None, "published": None},
-    "eta": {0.0: None, 1.0: None},
-    "renewal": {True: None, False: None},
-    "survivors": {1.0: None, 0.5: None, 0.25: None},
-}
-SAMPLING = ("evaluations", "sampler", "eta", "renewal", "survivors")              # need no training of their own
-
-
-def bench_ablate(pictures, seeds, dataset, amp, out):
-    """Train and score every choice of ABLATIONS, one at a time from the default; tables of mean and spread over seeds.
-
-    Everything is kept in `out`: a run that was stopped goes on where it was, and a score is never computed twice.
-    """
-    scores = defaultdict(list)
-    for seed in range(seeds):
-        for axis, values in ABLATIONS.items():
-            for place, value in enumerate(values):
-                change = {axis: value} if place else {}
-                trained = {} if axis in SAMPLING else change
-                scores[axis, value].append(score_of(out, trained, {} if trained else change, pictures, seed, dataset,
-                                                    amp))
-                print(f"seed {seed}: {axis}={value}: AP {scores[axis, value][-1]:.4f}", flush=True)
-    print(f"\ndiffu, small, {dataset}, {pictures} training pictures, {seeds} seeds: AP in points, mean and spread (highest "
-          "- lowest); difference to the default, mean over seeds of the same seed's, and its own spread")
-    print(f"{'':30} {'ours':>14} {'- default':>16} {'paper':>7} {'- default':>10}")
-    for axis, values in ABLATIONS.items():
-        default = next(iter(values))
-        for value, paper in values.items():
-            ours = [100 * s for s in scores[axis, value]]
-            apart = [a - 100 * b for a, b in zip(ours, scores[axis, default])]
-            theirs = f"{paper:7.1f} {paper - values[default]:+10.1f}" if paper else f"{'-':>7} {'':10}"
-            print(f"{axis + ' = ' + str(value):30} {statistics.mean(ours):6.1f} ({max(ours) - min(ours):4.1f}) "
-                  f"{statistics.mean(apart):+8.1f} ({max(apart) - min(apart):4.1f}) {theirs}")
-
-
-def score_of(out, trained, sampling, pictures, seed, dataset, amp):
-    """AP of a model trained with the changes `trained`, sampled with the changes `sampling`; from `out` if it is there."""
-    folder = out / "-".join([*(f"{k}={v}" for k, v in trained.items()), f"seed={seed}"])
-    kept, name = folder / "scores.json", json.dumps(sampling)
-    scores = json.loads(kept.read_text()) if kept.exists() else {}
-    if name not in scores:
-        if (folder / "last.pth").exists():
-            run, cfg, recipe, checkpoint = train.resumed({"resume": str(folder)})
-        else:
-            run, cfg, recipe = train.settle(trained | {
-                "variant": "diffu", "data": dataset, "seed": seed, "out": str(folder), "eval_every": 10 ** 6, "steps": 1,
-                "amp": amp})
-            recipe, checkpoint = recipe.but(steps=max(1, pictures // recipe.batch_size)), None
-        if checkpoint is None or checkpoint["step"] < recipe.steps:
-            train.train(run, cfg, recipe, checkpoint)
-            if weights.read_checkpoint(folder / "last.pth")["step"] < recipe.steps:
-                sys.exit("stopped; the same command goes on")
-        model, meta = weights.load_checkpoint(folder / "last.pth", **sampling)
-        transform = data.eval_transform(meta["recipe"]["image_size"], meta["recipe"]["max_size"])
-        photos = data.open_data(dataset, split="val", transform=transform, category_ids=meta["category_ids"],
-                                image_size=meta["recipe"]["image_size"], toy_count=500)
-        scores[name] = evaluation.evaluate(model, photos, batch_size=8, progress=False)[0]["AP"]
-        kept.write_text(json.dumps(scores))
-    return scores[name]
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["msda", "flops", "ablate"])
+    parser.add_argument("what", choices=["msda", "flops"])
     parser.add_argument("--runs", type=int, default=5, help="msda, flops: timed runs of each way")
     parser.add_argument("--variant", default="diffu_dino", help="flops: a diffusion variant")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1066), metavar=("H", "W"), help="flops: pixels")
-    parser.add_argument("--pictures", type=int, default=4800, help="ablate: pictures a training sees; minutes to hours")
-    parser.add_argument("--seeds", type=int, default=2, help="ablate: trainings of each choice")
-    parser.add_argument("--data", default="toy", help="ablate: toy, coco, or a folder in COCO's layout")
-    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="ablate: bf16 trains under autocast")
-    parser.add_argument("--out", type=Path, default="out/ablate", help="ablate: where runs and scores are kept")
     args = parser.parse_args()
     if args.what == "msda":
         bench_msda(args.runs)
-    elif args.what == "flops":
-        bench_flops(args.runs, args.variant, *args.size)
     else:
-        bench_ablate(args.pictures, args.seeds, args.data, args.amp, args.out)
+        bench_flops(args.runs, args.variant, *args.size)

@@ -43,6 +43,7 @@ from torch import nn
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import functional as TF
 
+import ablate
 import bench
 import data
 import diffusion
@@ -2516,9 +2517,9 @@ def test_train_learns():
         assert sum(history[-5:]) < 0.75 * sum(history[:5]), (name, history[:5], history[-5:])
 
 
-# ===================================================================================================== bench.py
+# ==================================================================================================== ablate.py
 
-def test_bench_ablations_are_resumed_and_never_repeated():
+def test_ablate_resumes_and_never_repeats():
     """A choice trains once, its samplings share the weights, and every score is kept."""
     seen = []
 
@@ -2531,13 +2532,13 @@ def test_bench_ablations_are_resumed_and_never_repeated():
             mock.patch.object(train, "train", wraps=train.train) as trained:
         out = Path(folder)
         for _ in range(2):
-            assert bench.score_of(out, {"noise": "beta"}, {}, 16, 3, "toy", "none") == 0.25
-            assert bench.score_of(out, {"noise": "beta"}, {"evaluations": 5}, 16, 3, "toy", "none") == 0.25
+            assert ablate.score_of(out, {"noise": "beta"}, {}, 16, 3, "toy", "none") == 0.25
+            assert ablate.score_of(out, {"noise": "beta"}, {"evaluations": 5}, 16, 3, "toy", "none") == 0.25
         assert trained.call_count == 1 and (out / "noise=beta-seed=3" / "last.pth").exists()
         assert [(c.noise, c.evaluations) for c in seen] == [("beta", 3)] * 2 + [("beta", 5)]     # the first: in training
         with mock.patch.object(train, "train", lambda *a: (out / "x").write_text("")), \
                 mock.patch.object(weights, "read_checkpoint", lambda path: {"step": 0}):
-            assert "goes on" in error_of(bench.score_of, out, {}, {}, 16, 3, "toy", "none", kind=SystemExit)
+            assert "goes on" in error_of(ablate.score_of, out, {}, {}, 16, 3, "toy", "none", kind=SystemExit)
 
 
 # ==================================================================================================== the runner
