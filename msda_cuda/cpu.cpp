@@ -97,7 +97,7 @@ void backward(const T *grad_out, const T *value, const T *offsets, const T *logi
                     const int size = shapes[2 * l + 1 - axis];
                     const T grad_pixel = (axis ? flow.y : flow.x) * p.weight;
                     const int64_t i = (row * K + k) * 2 + axis;
-                    grad_offsets[i] = grad_pixel * step<T, R>(box + l * R, axis, size, n.P);
+                    grad_offsets[i] = flow_to_offset<T, R>(grad_pixel, box + l * R, axis, size, n.P);
                     if (grad_reference) {
                         T *to = grad_reference + ((pair * n.Q + q) * n.L + l) * R;
                         flow_to_reference<T, R>(grad_pixel, offsets[i], axis, size, n.P, [&](int of, T x) { to[of] += x; });

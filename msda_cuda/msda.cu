@@ -181,7 +181,7 @@ forward(const V *__restrict__ value, const O *__restrict__ offsets, const O *__r
 
 // grad_value and grad_reference come zeroed and in A: many queries add to them, in no fixed order. grad_reference may be
 // null. The points' corners are found again, which is cheaper than to have stored them.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, VEC == 8 ? 3 : 0)       // half precision would take one register too many
 backward(const V *__restrict__ grad_out, const V *__restrict__ value, const O *__restrict__ offsets,
          const O *__restrict__ logits, const A *__restrict__ reference, A *__restrict__ grad_value,
          O *__restrict__ grad_offsets, O *__restrict__ grad_logits, A *__restrict__ grad_reference, const Levels levels,
@@ -240,7 +240,7 @@ backward(const V *__restrict__ grad_out, const V *__restrict__ value, const O *_
             const int size = axis ? levels.h[l] : levels.w[l];
             const A grad_pixel = (axis ? flow.y : flow.x) * at.points[k].weight;
             const long long i = (at.row * POINTS + k) * 2 + axis;
-            if (at.alive) narrow(grad_pixel * step<A, R>(box, axis, size, P), grad_offsets[i]);
+            if (at.alive) narrow(flow_to_offset<A, R>(grad_pixel, box, axis, size, P), grad_offsets[i]);
             if (at.alive && grad_reference)
                 flow_to_reference<A, R>(grad_pixel, widen(offsets[i]), axis, size, P, [&](int of, A amount) {
                     atomicAdd(grad_reference + (at.bq * L + l) * R + of, amount);

@@ -49,7 +49,7 @@ def forward(value, shapes, offsets, logits, reference):
     M, D = value.shape[2:]
     out = value.new_empty(*offsets.shape[:2], M * D)
     value, offsets, logits, reference = widened(value, offsets, logits, reference)
-    for b, table in enumerate(value.reshape(len(value), -1, D)):
+    for b, table in enumerate(value.flatten(1, 2)):
         for q in range(0, offsets.shape[1], CHUNK):
             some = slice(q, q + CHUNK)
             row, a, wy, wx, _, _ = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
@@ -64,11 +64,12 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
     """The gradients of value, offsets, logits, and of reference or None; of each in its dtype."""
     dtypes = value.dtype, offsets.dtype, logits.dtype
     grad_out, value, offsets, logits, reference = widened(grad_out, value, offsets, logits, reference)
-    (B, Q, M, L, P, _), D, K = offsets.shape, value.shape[3], 4 * offsets.shape[3] * offsets.shape[4]
+    (B, Q, M, L, P, _), D = offsets.shape, value.shape[3]
+    K = 4 * L * P
     size = torch.tensor([(w, h) for h, w in shapes], device=value.device)[:, None]
     grads = [torch.zeros_like(t) for t in (value, offsets, logits, reference)]
     for b in range(B if Q else 0):
-        table, g = value[b].reshape(-1, D), grad_out[b].reshape(Q * M, D)
+        table, g = value[b].flatten(0, 1), grad_out[b].reshape(Q * M, D)
         rows, weights = [], []
         for q in range(0, Q, CHUNK // 8):
             some = slice(q, q + CHUNK // 8)
@@ -84,13 +85,15 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
             grad_x = (dot * wy[..., None] * (slope * exists[..., 0, :])[..., None, :]).sum((-1, -2))
             grad_y = (dot * (slope * exists[..., 1, :])[..., None] * wx[..., None, :]).sum((-1, -2))
             grad_pixel = torch.stack([grad_x, grad_y], -1) * a[..., None]
-            grads[1][b, some] = grad_pixel * step
+            still = grad_pixel == 0                       # sends nothing back, though its offset or reference be infinite
+            grads[1][b, some] = (grad_pixel * step).masked_fill(still, 0)
             mean = (a * grad_a).sum((-1, -2), keepdim=True)
             grads[2][b, some] = a * (grad_a - mean)
             if of_reference:
                 grads[3][b, some, :, :2] = (grad_pixel * size).sum((1, 3))
                 if reference.shape[-1] == 4:
-                    grads[3][b, some, :, 2:] = (grad_pixel * offsets[b, some] * size * (0.5 / P)).sum((1, 3))
+                    grad_size = grad_pixel * offsets[b, some] * size * (0.5 / P)
+                    grads[3][b, some, :, 2:] = grad_size.masked_fill(still, 0).sum((1, 3))
         row, order = torch.cat(rows).flatten().sort()
         first = torch.searchsorted(row, torch.arange(len(table), device=row.device, dtype=torch.int32), out_int32=True)
         weight = torch.cat(weights).flatten()[order]

@@ -61,9 +61,16 @@ struct Flow {
     }
 };
 
-// The gradient of a point's reference, added to by add(index, amount), from the gradient of its pixel.
+// From the gradient of a point's pixel to that of its offset, and of its reference, by add(index, amount). A point that
+// reads nothing sends nothing back, though its offset or its reference be infinite or NaN.
+template <typename A, int R>
+BOTH A flow_to_offset(A grad_pixel, const A *reference, int axis, int size, int P) {
+    return grad_pixel == 0 ? 0 : grad_pixel * step<A, R>(reference, axis, size, P);
+}
+
 template <typename A, int R, typename Add>
 BOTH void flow_to_reference(A grad_pixel, A offset, int axis, int size, int P, Add add) {
+    if (grad_pixel == 0) return;
     add(axis, grad_pixel * size);
     if (R == 4) add(R - 2 + axis, grad_pixel * offset * size * (A(0.5) / P));
 }
