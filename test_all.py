@@ -1092,14 +1092,14 @@ def test_parity_msda():
     attention = attention.view(2, 50, 8, 4, 4).requires_grad_()
     grad = torch.from_numpy(name_rng("msda_grad").standard_normal((2, 50, 256)))
     out = msda.msda(value, shapes, locations * size, attention.log(), torch.zeros(2, 50, 4, 2, dtype=torch.float64))
-    of_value, of_locations, of_logits = torch.autograd.grad(out, (value, locations, attention), grad)
+    of_value, of_locations, of_weights = torch.autograd.grad(out, (value, locations, attention), grad)
     close(picked(out, 4), [0.15840885643, 0.09650539657, 0.17882717442, 0.017678043499], 1e-9)
     close(picked(of_value, 4), [0.0007511216715, -1.0742236012e-05, 0.18522217964, 0.084644974896], 1e-9)
     close(picked(of_locations, 4), [-0.26125806638, -0.47652863885, 2.1711630027, 0.0], 1e-9)
     msda.msda_grid_sample(value, shapes, locations, attention).backward(grad)
     close(picked(attention.grad, 4), [0.13170110342, -4.8038421524, 0.0, 5.1468127785], 1e-9)
     mean = (attention * attention.grad).sum((-1, -2), keepdim=True)        # a softmax's input does not see what is common
-    close(of_logits, (attention.grad - mean).detach(), 1e-9)
+    close(of_weights, (attention.grad - mean).detach(), 1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ names and recognition

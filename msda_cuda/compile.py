@@ -30,7 +30,10 @@ def costs(log):
 def main():
     source = {name: (cuda.HERE / name).read_text() for name in ("msda.cu", "sampling.h")}
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    supported = cuda.nvrtc_architectures()
+    try:
+        supported = cuda.nvrtc_architectures()
+    except OSError as error:
+        return print(f"nothing was compiled: {error}")
     print(f"NVRTC {cuda.nvrtc_version()}{'' if nvcc else '; no nvcc here'}")
     worst = 0
     for config in CONFIGS:
@@ -53,10 +56,9 @@ def main():
         if nvcc:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "config.h").write_text(config.header())
-                for arch in ARCHITECTURES:
-                    subprocess.run([nvcc, "-std=c++17", f"-arch=sm_{arch}", "-cubin", f"-I{folder}", "-Werror",
-                                    "all-warnings", "-o", f"{folder}/msda.cubin", str(cuda.HERE / "msda.cu")], check=True)
-            print(f"{title:52} nvcc compiles it too, without a warning")
+                subprocess.run([nvcc, "-std=c++17", "-arch=sm_90", "-cubin", f"-I{folder}", "-Werror", "all-warnings", "-o",
+                                f"{folder}/msda.cubin", str(cuda.HERE / "msda.cu")], check=True)
+            print(f"{title:52} sm_90  nvcc compiles it too, without a warning")
     if worst > 16:
         raise SystemExit(f"error: a kernel of the usual size spills {worst} bytes")
 
