@@ -120,6 +120,13 @@ def bench_cpu(runs):
         cpu.library()
         ways["cpu.cpp"] = functools.partial(Native.apply, cpu)
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, median of {runs}")
+    if torch.get_num_threads() > 1:
+        print("memory is measured with OMP_NUM_THREADS=1")                        # a fork loses the other threads
+    else:                                                           # before all else, which would leave memory to reuse
+        args = with_gradients(inputs(PHOTO, 1, None, 8, 32))
+        for name, op in ways.items():
+            grown = peak_growth(lambda op=op: op(*args).sum().backward())
+            print(f"encoder, 800 x 1066 photo, batch 1   peak memory, both    {name:12} {grown:8.0f} MB")
     for title, shapes, B, Q, M, D in [
             ("encoder, 800 x 1066 photo, batch 1", PHOTO, 1, None, 8, 32),
             ("decoder, 300 queries, batch 1", PHOTO, 1, 300, 8, 32), ("encoder, toy, batch 16", TOY, 16, None, 8, 16)]:
@@ -137,12 +144,6 @@ def bench_cpu(runs):
             for name, taken in seconds.items():
                 ratio = statistics.median(a / b for a, b in zip(seconds["grid_sample"], taken))
                 print(f"{title:36} {what:20} {name:12} {1e3 * statistics.median(taken):8.1f} ms   {ratio:5.2f} x")
-    if torch.get_num_threads() > 1:
-        return print("memory is measured with OMP_NUM_THREADS=1")                 # a fork loses the other threads
-    args = with_gradients(inputs(PHOTO, 1, None, 8, 32))
-    for name, op in ways.items():
-        grown = peak_growth(lambda op=op: op(*args).sum().backward())
-        print(f"encoder, 800 x 1066 photo, batch 1   peak memory, both    {name:12} {grown:8.0f} MB")
 
 
 # ================================================================================================== GPU: is it right

@@ -50,8 +50,8 @@ def main():
             for name, registers, spilled in reversed(report):
                 most = 1024 if arch == 75 else 2048
                 threads = min(most, 65536 // (-(-registers // 8) * 8 * 256) * 256)
-                print(f"{title:52} sm_{arch:<4}{name:9}{registers:4} registers {spilled:4} bytes spilled {threads:5} of {most} "
-                      "threads")
+                print(f"{title:52} sm_{arch:<4}{name:9}{registers:4} registers {spilled:4} bytes spilled "
+                      f"{threads:5} of {most} threads")
                 worst = max(worst, spilled if config.D <= 32 else 0)
         if nvcc:
             with tempfile.TemporaryDirectory() as folder:

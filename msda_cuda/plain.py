@@ -4,39 +4,54 @@ A row is one token's D channels of one head; a (query, head) sums 4 * L * P of t
 needs neither the value laid out anew nor every sample in memory as `F.grid_sample` does. Backward, the same sum runs
 from queries to tokens: sorted by row, the samples of a token are a bag of queries.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-CHUNK = 1024                                      # queries at a time: what they need stays in a processor's cache
+CHUNK = 512                                       # queries at a time: what they need stays in a processor's cache
+
+
+class Samples(NamedTuple):
+    """What n queries of an image read, K = L * P points each. [n, M, K] but for `row`, which is [n, M, K, 4]."""
+    row: torch.Tensor                  # of value.view(S * M, D), int32: upper left, upper right, lower left, lower right
+    a: torch.Tensor                    # attention weights
+    wx: tuple                          # linear weights of the left and right column, 0 where there is none
+    wy: tuple                          # and of the upper and lower row
+    x_exists: tuple                    # 1 where there is a left, a right column, else 0
+    y_exists: tuple
+    steps: tuple                       # [n, 1, K] or 1, for x and for y: pixels that an offset of 1 moves the point
+
+    def weights(self):
+        """[n, M, K, 4] of the rows: bilinear times attention."""
+        return torch.stack([self.a * y * x for y in self.wy for x in self.wx], -1)
 
 
 def samples(shapes, offsets, logits, reference):
-    """Rows and weights of an image's queries.
-
-    Args: offsets [Q, M, L, P, 2], logits [Q, M, L, P], reference [Q, L, 2 or 4].
-
-    Returns row [Q, M, L, P, 2, 2] of value.view(S * M, D), int32 (the last two: upper or lower, left or right corner);
-    a [Q, M, L, P] attention weights; wy, wx [Q, M, L, P, 2], linear weights of upper and lower, left and right; near
-    [Q, M, L, P, 2], y and x: 1 where a corner may exist, else 0; step [Q, L, P, 2], pixels that an offset of 1 moves.
-    """
-    M, L, P = offsets.shape[1:4]
-    size = torch.tensor([(w, h) for h, w in shapes], device=offsets.device)[:, None]                       # [L, 1, 2]
-    start = torch.tensor([sum(h * w for h, w in shapes[:l]) for l in range(L)], device=offsets.device).view(L, 1)
-    a = logits.flatten(2).softmax(-1).view(logits.shape)
-    centre = reference[:, None, :, None]
-    step = torch.ones_like(centre[..., :2]) if centre.shape[-1] == 2 else centre[..., 2:] * size * (0.5 / P)
-    xy = centre[..., :2] * size + offsets * step - 0.5
-    near = ((xy > -1) & (xy < size)).all(-1, keepdim=True)                                       # NaN is not near
-    xy = torch.where(near, xy, 0)
-    low = xy.floor()
-    fraction = xy - low
-    corner = torch.stack([low, low + 1], -1)                                                     # [Q, M, L, P, (x, y), 2]
-    exists = (corner >= 0) & (corner < size[..., None]) & near[..., None]
-    wx, wy = (torch.stack([1 - fraction, fraction], -1) * exists).unbind(-2)
-    x, y = torch.minimum(corner.clamp(min=0), size[..., None] - 1).int().unbind(-2)
-    token = (start.int()[..., None] + y * size[..., :1].int())[..., None] + x[..., None, :]
-    row = token * M + torch.arange(M, device=token.device, dtype=torch.int32).view(M, 1, 1, 1, 1)
-    return row, a, wy, wx, exists.to(a), step
+    """Where the queries look. Args: offsets [n, M, L, P, 2], logits [n, M, L, P], reference [n, L, 2 or 4]."""
+    n, M, _, P = logits.shape
+    levels = torch.tensor([(w, h, sum(a * b for a, b in shapes[:l])) for l, (h, w) in enumerate(shapes)],
+                          device=logits.device).repeat_interleave(P, 0)                                    # [K, 3]
+    reference = reference.repeat_interleave(P, 1)[:, None]                                          # [n, 1, K, 2 or 4]
+    places, steps = [], []
+    for axis in (0, 1):
+        size = levels[:, axis]
+        step = 1 if reference.shape[-1] == 2 else reference[..., 2 + axis] * size * (0.5 / P)
+        places.append(reference[..., axis] * size + offsets[..., axis].flatten(2) * step - 0.5)
+        steps.append(step)
+    near = (places[0] > -1) & (places[1] > -1) & (places[0] < levels[:, 0]) & (places[1] < levels[:, 1])   # not NaN
+    columns = []
+    for axis in (0, 1):
+        place = places[axis].where(near, 0)
+        low, last = place.floor(), levels[:, axis] - 1
+        exists = ((low >= 0) & near).to(place), ((low < last) & near).to(place)
+        index = low.clamp(min=0).int(), torch.minimum(low + 1, last).int()
+        columns.append((index, exists, ((1 - (place - low)) * exists[0], (place - low) * exists[1])))
+    (x, x_exists, wx), (y, y_exists, wy) = columns
+    w, start = levels[:, 0].int(), levels[:, 2].int()
+    head = torch.arange(M, device=w.device, dtype=torch.int32).view(M, 1)
+    row = torch.stack([(start + j * w + i) * M + head for j in y for i in x], -1)
+    return Samples(row, logits.flatten(2).softmax(-1), wx, wy, x_exists, y_exists, tuple(steps))
 
 
 def widened(*tensors):
@@ -52,10 +67,9 @@ def forward(value, shapes, offsets, logits, reference):
     for b, table in enumerate(value.flatten(1, 2)):
         for q in range(0, offsets.shape[1], CHUNK):
             some = slice(q, q + CHUNK)
-            row, a, wy, wx, _, _ = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
-            weight = (a[..., None] * wy)[..., None] * wx[..., None, :]
-            sums = F.embedding_bag(row.flatten(0, 1).flatten(1), table, per_sample_weights=weight.flatten(0, 1).flatten(1),
-                                   mode="sum")
+            s = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
+            sums = F.embedding_bag(s.row.flatten(0, 1).flatten(1), table, mode="sum",
+                                   per_sample_weights=s.weights().flatten(0, 1).flatten(1))
             out[b, some] = sums.view(-1, M * D)
     return out
 
@@ -69,34 +83,35 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
     size = torch.tensor([(w, h) for h, w in shapes], device=value.device)[:, None]
     grads = [torch.zeros_like(t) for t in (value, offsets, logits, reference)]
     for b in range(B if Q else 0):
-        table, g = value[b].flatten(0, 1), grad_out[b].reshape(Q * M, D)
+        table, grad = value[b].flatten(0, 1), grad_out[b].reshape(Q * M, D)
         rows, weights = [], []
-        for q in range(0, Q, CHUNK // 8):
-            some = slice(q, q + CHUNK // 8)
-            row, a, wy, wx, exists, step = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
-            rows.append(row.view(-1, K))
-            bilinear = wy[..., None] * wx[..., None, :]
-            weights.append((a[..., None, None] * bilinear).view(-1, K))
+        for q in range(0, Q, CHUNK // 4):
+            some = slice(q, q + CHUNK // 4)
+            s = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
+            rows.append(s.row.view(-1, K))
+            weights.append(s.weights().view(-1, K))
             read = table.index_select(0, rows[-1].flatten()).view(-1, K, D)
-            dot = torch.bmm(read, g.view(Q, M, D)[some].reshape(-1, D, 1)).view(bilinear.shape)
-            # dL/da, and dL/dpixel: to the right means less of the left corners and more of the right ones.
-            grad_a = (dot * bilinear).sum((-1, -2))
-            slope = torch.tensor([-1.0, 1.0], device=value.device).to(dot)
-            grad_x = (dot * wy[..., None] * (slope * exists[..., 0, :])[..., None, :]).sum((-1, -2))
-            grad_y = (dot * (slope * exists[..., 1, :])[..., None] * wx[..., None, :]).sum((-1, -2))
-            grad_pixel = torch.stack([grad_x, grad_y], -1) * a[..., None]
-            still = grad_pixel == 0                       # sends nothing back, though its offset or reference be infinite
-            grads[1][b, some] = (grad_pixel * step).masked_fill(still, 0)
-            mean = (a * grad_a).sum((-1, -2), keepdim=True)
-            grads[2][b, some] = a * (grad_a - mean)
-            if of_reference:
-                grads[3][b, some, :, :2] = (grad_pixel * size).sum((1, 3))
-                if reference.shape[-1] == 4:
-                    grad_size = grad_pixel * offsets[b, some] * size * (0.5 / P)
-                    grads[3][b, some, :, 2:] = grad_size.masked_fill(still, 0).sum((1, 3))
+            dot = torch.bmm(read, grad.view(Q, M, D)[some].reshape(-1, D, 1)).view(s.row.shape).unbind(-1)
+            left, right = (dot[i] * s.wy[0] + dot[i + 2] * s.wy[1] for i in (0, 1))
+            upper, lower = (dot[i] * s.wx[0] + dot[i + 1] * s.wx[1] for i in (0, 2))
+            grad_a = left * s.wx[0] + right * s.wx[1]
+            # To the right means less of the left corners and more of the right ones.
+            grad_pixel = ((right * s.x_exists[1] - left * s.x_exists[0]) * s.a,
+                          (lower * s.y_exists[1] - upper * s.y_exists[0]) * s.a)
+            grads[2][b, some] = (s.a * (grad_a - (s.a * grad_a).sum(-1, keepdim=True))).view_as(grads[2][b, some])
+            for axis, of_pixel in enumerate(grad_pixel):
+                still = of_pixel == 0                      # sends nothing back, though its offset or reference be infinite
+                of_offset = (of_pixel * s.steps[axis]).masked_fill(still, 0)
+                grads[1][b, some, ..., axis] = of_offset.view(-1, M, L, P)
+                if of_reference:
+                    of_place = of_pixel.view(-1, M, L, P) * size[:, :, axis]
+                    grads[3][b, some, :, axis] = of_place.sum((1, 3))
+                    if reference.shape[-1] == 4:
+                        of_size = of_place * offsets[b, some, ..., axis] * (0.5 / P)
+                        grads[3][b, some, :, 2 + axis] = of_size.masked_fill(still.view_as(of_size), 0).sum((1, 3))
         row, order = torch.cat(rows).flatten().sort()
         first = torch.searchsorted(row, torch.arange(len(table), device=row.device, dtype=torch.int32), out_int32=True)
         weight = torch.cat(weights).flatten()[order]
-        sums = F.embedding_bag((order // K).int(), g, first, per_sample_weights=weight, mode="sum")
+        sums = F.embedding_bag((order // K).int(), grad, first, per_sample_weights=weight, mode="sum")
         grads[0][b] = sums.view(value[b].shape)
     return *(grad.to(dtype) for grad, dtype in zip(grads, dtypes)), grads[3] if of_reference else None
