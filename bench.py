@@ -243,7 +243,7 @@ def check_gpu():
         gradients = [torch.autograd.grad(out.square().sum(), list(layer.parameters())[:4]) for out in (compiled, want)]
         worst = max(apart(a, b.double()) for a, b in zip(*gradients))
         verdict("torch.compile, forward and backward", worst < 1e-4, f"error {worst:.1e}")
-    except Exception as error:                          # torch's compiler needs Triton and a C compiler; either may be absent
+    except Exception as error:                       # torch's compiler needs Triton and a C compiler; either may be absent
         verdict("torch.compile, forward and backward", False, f"{type(error).__name__}: {str(error)[:200]}")
     del several, results, again, captured, graph
     if torch.cuda.mem_get_info()[0] > 60e9:
@@ -405,7 +405,7 @@ def kept_bytes(op, args):
 def bench_gpu(runs, deformable_detr, dcnv4):
     ways = peers(deformable_detr, dcnv4)
     ceiling = copy_speed(runs)
-    print(f"copying 1 GiB, read and written: {ceiling:.0f} GB/s. minDETR: time, GB/s of the bytes that any way must move, and "
+    print(f"copying 1 GiB, read and written: {ceiling:.0f} GB/s. minDETR: time, GB/s of the bytes that any way must move, "
           "their share of the copy's. Peers: time, and how many times minDETR's it is. Kept: for backward, inputs included")
     print(f"{'':41}{'forward':>24}{'backward':>24}{'both':>24}{'kept':>13}")
     for layer, Q in (("encoder", None), ("decoder", 300), ("decoder", 900)):

@@ -341,6 +341,19 @@ def test_msda_kernel_fits_every_config():
     assert "points" in error_of(cuda.Config(torch.float64, torch.float64, 32, 4, 500, 2).header, kind=ValueError)
 
 
+def test_msda_failed_launch_is_raised_with_its_shapes():
+    class Failing(emulate.Driver):
+        @staticmethod
+        def cuLaunchKernel(*args):
+            return 701
+
+    value, shapes, offsets, logits, reference = msda_inputs()
+    with emulate.gpu(Failing), mock.patch.object(cuda, "kernel"):
+        said = error_of(cuda.forward, value, shapes, offsets, logits, reference, kind=RuntimeError)
+    for word in ("forward kernel", "code 701", "B=2, Q=6, M=3, S=49", "(5, 7)", "D=4"):
+        assert word in said, said
+
+
 def test_msda_wrong_arguments_are_named():
     value, shapes, offsets, logits, reference = msda_inputs()
     for args, word in [((value[:, 1:], shapes, offsets, logits, reference), "S = 49"),

@@ -123,6 +123,7 @@ def launch(name, config, shapes, S, queries, tensors):
     if B * Q * M == 0:
         return
     with torch.cuda.device(device):
+        make_current(device.index)
         function = kernel(name, config, device.index)
         threads = config.threads(B * M, Q, torch.cuda.get_device_properties(device).multi_processor_count)
         arguments = kernel_arguments(tensors, shapes, (S, M, Q))
@@ -168,8 +169,23 @@ def kernel_arguments(tensors, shapes, sizes):
 def prepare(config, device):
     """Build and load both kernels of a config for a device (its number); OSError where that is impossible."""
     with torch.cuda.device(device):
+        make_current(device)
         for name in ("forward", "backward"):
             kernel(name, config, device)
+
+
+@functools.cache
+def context(device):
+    """The context that torch has for a device (its number)."""
+    handle = ctypes.c_void_p()
+    check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(handle), device))
+    return handle
+
+
+def make_current(device):
+    """A thread that has not yet worked on the device, such as autograd's, has no context, and torch makes one only at its
+    own first call."""
+    check(driver().cuCtxSetCurrent(context(device)))
 
 
 @functools.cache
@@ -182,7 +198,6 @@ def kernel(name, config, device):
 
 @functools.cache
 def module(config, device):
-    torch.cuda.current_stream(device).synchronize()                   # makes torch's context for the device, if none is yet
     handle = ctypes.c_void_p()
     image = compiled(config, *torch.cuda.get_device_capability(device)).read_bytes()
     check(driver().cuModuleLoadData(ctypes.byref(handle), image))
@@ -288,4 +303,4 @@ def driver_error(status):
 
 def check(status):
     if status:
-        raise OSError(f"CUDA's driver could not load the kernel: {driver_error(status)}")
+        raise OSError(f"CUDA's driver did not load the kernel: {driver_error(status)}")

@@ -111,15 +111,16 @@ bool run(unsigned blocks, unsigned threads, Work work) {
     return true;
 }
 
+// The kernels by name. As the driver has it, a[i] is where argument i lies.
 extern "C" bool run_forward(int blocks, int threads, void **a) {
     return run(blocks, threads, [=] {
-        forward((V *)a[0], (O *)a[1], (O *)a[2], (A *)a[3], (V *)a[4], *(Levels *)a[5], *(int *)a[6], *(int *)a[7],
-                *(int *)a[8]);
+        forward(*(V **)a[0], *(O **)a[1], *(O **)a[2], *(A **)a[3], *(V **)a[4], *(Levels *)a[5], *(int *)a[6],
+                *(int *)a[7], *(int *)a[8]);
     });
 }
 extern "C" bool run_backward(int blocks, int threads, void **a) {
     return run(blocks, threads, [=] {
-        backward((V *)a[0], (V *)a[1], (O *)a[2], (O *)a[3], (A *)a[4], (A *)a[5], (O *)a[6], (O *)a[7], (A *)a[8],
-                 *(Levels *)a[9], *(int *)a[10], *(int *)a[11], *(int *)a[12]);
+        backward(*(V **)a[0], *(V **)a[1], *(O **)a[2], *(O **)a[3], *(A **)a[4], *(A **)a[5], *(O **)a[6], *(O **)a[7],
+                 *(A **)a[8], *(Levels *)a[9], *(int *)a[10], *(int *)a[11], *(int *)a[12]);
     });
 }

@@ -1,10 +1,13 @@
-"""The CUDA kernels on a CPU, for tests: emulate.cpp in place of a GPU, behind cuda.py's own `forward` and `backward`."""
+"""The CUDA kernels on a CPU, for tests: emulate.cpp in place of a GPU, behind cuda.py's own launch."""
 import contextlib
 import ctypes
 import functools
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
+
+import torch
 
 from msda_cuda import build, cpu, cuda
 
@@ -26,24 +29,31 @@ def library(config):
     return ctypes.CDLL(str(build.cached("emulate", ".so", (source, config.header(), version), make)))
 
 
-def launch(name, config, shapes, S, queries, tensors, processors=1):
-    """As cuda.launch, with addresses of tensors on the CPU."""
-    B, Q, M = queries
-    cuda.check_memory(name, tensors, tensors[0].device)
-    if B * Q * M == 0:
-        return
-    threads = config.threads(B * M, Q, processors)
-    arguments = cuda.kernel_arguments(tensors, shapes, (S, M, Q))
-    values = [a.value if isinstance(a, ctypes.c_void_p) else ctypes.addressof(a) for a in arguments]
-    blocks, shared = cuda.grid(config, queries, threads)
-    assert shared <= cuda.SHARED_MEMORY and threads % 32 == 0
+class Driver:
+    """CUDA's driver as far as cuda.py needs it: a launch runs the emulated kernel, and fails where lanes of a warp part."""
+
+    @staticmethod
+    def cuLaunchKernel(run, blocks, y, z, threads, ty, tz, shared, stream, arguments, extra):
+        assert (y, z, ty, tz, extra) == (1, 1, 1, 1, None) and shared <= cuda.SHARED_MEMORY and threads % 32 == 0
+        return 0 if run(blocks, threads, arguments) else 719
+
+    @staticmethod
+    def cuGetErrorString(status, text):
+        ctypes.cast(text, ctypes.POINTER(ctypes.c_char_p))[0] = b"lanes of a warp parted"
+
+
+def kernel(name, config, device):
     run = getattr(library(config), f"run_{name}")
     run.restype = ctypes.c_bool
-    assert run(blocks, threads, (ctypes.c_void_p * len(values))(*values)), "lanes of a warp parted"
+    return run
 
 
 @contextlib.contextmanager
-def gpu():
+def gpu(driver=Driver):
     """Within, cuda.forward and cuda.backward take tensors on the CPU."""
-    with mock.patch.object(cuda, "launch", launch):
+    gpu = SimpleNamespace(multi_processor_count=1)
+    with mock.patch.object(cuda, "driver", lambda: driver), mock.patch.object(cuda, "kernel", kernel), \
+            mock.patch.object(cuda, "make_current"), mock.patch.object(torch.cuda, "device", contextlib.nullcontext), \
+            mock.patch.object(torch.cuda, "get_device_properties", lambda device: gpu), \
+            mock.patch.object(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0)):
         yield
