@@ -154,7 +154,11 @@ def apart(a, b):
 
 
 def compare(title, limit, args, op=msda.msda):
-    """Output and gradients of the operator against autograd through the definition in float64."""
+    """Output and gradients of the operator against autograd through the definition in float64.
+
+    A point within 1e-3 of a pixel's centre has one slope on either side, and float32 may take it for being on the other:
+    there the gradients of offset and reference are not compared.
+    """
     wanted = [a.detach().double().requires_grad_() if torch.is_tensor(a) else a for a in args]
     want = msda.msda_grid_sample(wanted[0], args[1], *msda.sampling(*wanted[1:]))
     grad = torch.randn_like(want).to(args[0].dtype)
@@ -162,10 +166,15 @@ def compare(title, limit, args, op=msda.msda):
     mine = [a.detach().requires_grad_() if torch.is_tensor(a) else a for a in args]
     out = op(*mine)
     out.backward(grad)
-    worst = apart(out, want.detach())
-    for a, b in zip(mine, wanted):
-        if torch.is_tensor(a):
-            worst = max(worst, apart(a.grad, b.grad), key=lambda x: x if x == x else float("inf"))
+    with torch.no_grad():
+        size = torch.tensor([(w, h) for h, w in args[1]], device=want.device)[:, None]
+        pixel = msda.sampling(*wanted[1:])[0] * size - 0.5
+        centred = (pixel - pixel.round()).abs() < 1e-3
+        either = centred.any(4).any(2).repeat(1, 1, 1, args[4].shape[-1] // 2)
+        for some in (mine, wanted):
+            some[2].grad[centred], some[4].grad[either] = 0, 0
+    errors = [apart(out, want.detach()), *(apart(a.grad, b.grad) for a, b in zip(mine, wanted) if torch.is_tensor(a))]
+    worst = max(errors, key=lambda x: x if x == x else float("inf"))
     verdict(title, worst < limit, f"error {worst:.1e}, allowed {limit:.0e}")
 
 

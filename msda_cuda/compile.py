@@ -59,7 +59,7 @@ def main():
                 subprocess.run([nvcc, "-std=c++17", "-arch=sm_90", "-cubin", f"-I{folder}", "-Werror", "all-warnings", "-o",
                                 f"{folder}/msda.cubin", str(cuda.HERE / "msda.cu")], check=True)
             print(f"{title:52} sm_90  nvcc compiles it too, without a warning")
-    if worst > 16:
+    if worst > 32:
         raise SystemExit(f"error: a kernel of the usual size spills {worst} bytes")
 
 
