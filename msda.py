@@ -3,31 +3,29 @@
     MSDA(z_q, p_q, x) = sum_m W_m [ sum_l sum_k A_mlqk * W'_m x^l( phi_l(p_q) + dp_mlqk ) ]
 
 m counts heads, l feature levels, k points; x^l(...) reads level l bilinearly. Read `msda_grid_sample` first: it is the
-definition. `msda` checks its arguments and chooses who computes it. `MSDeformAttn` is the layer around it: projections
-in and out, offsets and weights from the query.
+definition, then `sampling`, which says where a query reads. `msda` is both as one operator, as fast as the machine can.
+`MSDeformAttn` is the layer around it: projections in and out, offsets and weights from the query.
 
 Shapes: B images, S tokens (all levels, level after level, rows first), Q queries, M heads, D channels a head, L levels,
 P points. A location is (x, y) in [0, 1] of a level's whole map, padding included.
 """
 import math
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from msda_cuda import cpu
-
-# $MINDETR_MSDA=torch forces plain PyTorch; otherwise the fastest that this machine can run is used.
-BACKEND = os.environ.get("MINDETR_MSDA", "fastest")
-if BACKEND not in ("fastest", "torch"):
-    raise SystemExit(f"error: MINDETR_MSDA={BACKEND}: it must be 'torch' or 'fastest'")
+from msda_cuda import op
 
 
 # ============================================================================================== the operator, plain
 
 def msda_grid_sample(value, shapes, locations, weights):
-    """The definition, by `F.grid_sample`. Arguments and result as in `msda`."""
+    """The definition, by `F.grid_sample`, from locations and weights.
+
+    Args: value [B, S, M, D], shapes the levels' (h, w), locations [B, Q, M, L, P, 2], weights [B, Q, M, L, P], all of one
+    dtype. Returns [B, Q, M*D].
+    """
     B, _, M, D = value.shape
     Q, P = locations.shape[1], locations.shape[4]
     out = 0
@@ -41,31 +39,41 @@ def msda_grid_sample(value, shapes, locations, weights):
     return out.view(B, M * D, Q).transpose(1, 2)
 
 
-def msda(value, shapes, locations, weights):
-    """Multi-scale deformable attention's core: bilinear reads, weighted and summed over levels and points.
+def sampling(shapes, offsets, logits, reference):
+    """Where a query reads and how much: locations and weights, as in `msda_grid_sample`; arguments as in `msda`."""
+    weights = logits.flatten(-2).softmax(-1).view(logits.shape)
+    centre = reference[:, :, None, :, None, :2]
+    if reference.shape[-1] == 2:                                                    # an offset is counted in cells
+        size = torch.tensor([(w, h) for h, w in shapes], device=offsets.device).to(offsets)
+        return centre + offsets / size[:, None], weights
+    # P offsets span half the box: offset / P * (w, h) / 2
+    return centre + offsets / offsets.shape[4] * reference[:, :, None, :, None, 2:] * 0.5, weights
+
+
+def msda(value, shapes, offsets, logits, reference):
+    """Multi-scale deformable attention's core, from raw offsets and logits: softmax, bilinear reads, weighted sum.
+
+    Locations, softmax and sums are computed in float32 (float64 for a float64 value), whatever precision comes in, and so
+    under autocast too. Who computes it: see msda_cuda/op.py; $MINDETR_MSDA=torch forces the definition above.
 
     Args:
-        value: [B, S, M, D], S the sum of h * w over the levels.
+        value: [B, S, M, D], S the sum of h * w over the levels; float16, bfloat16, float32 or float64.
         shapes: the levels' sizes, a list of L pairs (h, w).
-        locations: [B, Q, M, L, P, 2], (x, y) in [0, 1]; outside, the map reads as zero.
-        weights: [B, Q, M, L, P], summing to 1 over L and P.
+        offsets: [B, Q, M, L, P, 2], (x, y) from the reference; outside, the map reads as zero, and NaN is outside.
+        logits: [B, Q, M, L, P], of the attention weights: a softmax over L and P together follows.
+        reference: [B, Q, L, 2] points or [B, Q, L, 4] boxes (cx, cy, w, h), in [0, 1] of each level's whole map.
 
-    Returns [B, Q, M*D]. Raises ValueError when the shapes do not fit together.
+    Returns [B, Q, M*D] in value's dtype. Raises ValueError when the arguments do not fit together.
     """
-    tokens = sum(h * w for h, w in shapes)
-    if value.dim() != 4 or value.shape[1] != tokens:
-        raise ValueError(f"value is {tuple(value.shape)}: it must be [B, S, M, D] with S = {tokens}, the sum of h * w "
-                         f"over the levels {list(shapes)}")
-    B, _, M, _ = value.shape
-    if locations.dim() != 6 or locations.shape[0] != B or locations.shape[2:4] != (M, len(shapes)) \
-            or locations.shape[5] != 2:
-        raise ValueError(f"locations are {tuple(locations.shape)}: they must be [B={B}, Q, M={M}, L={len(shapes)}, P, 2]")
-    if weights.shape != locations.shape[:5]:
-        raise ValueError(f"weights are {tuple(weights.shape)}: they must be {tuple(locations.shape[:5])}, as locations")
-    if value.device.type == "cpu" and BACKEND != "torch" and cpu.library():
-        dtype = torch.promote_types(value.dtype, torch.float32)       # half precision is computed in float32
-        return cpu.MSDA.apply(value.to(dtype), shapes, locations.to(dtype), weights.to(dtype)).to(value.dtype)
-    return msda_grid_sample(value, shapes, locations, weights)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    reference = reference.to(wide)
+    if offsets.dtype != value.dtype or logits.dtype != value.dtype:
+        offsets, logits = offsets.to(wide), logits.to(wide)
+    if op.BACKEND != "torch":
+        return torch.ops.mindetr.msda(value, offsets, logits, reference, [n for shape in shapes for n in shape])
+    op.check(value, shapes, offsets, logits, reference)
+    locations, weights = sampling(shapes, offsets.to(wide), logits.to(wide), reference)
+    return msda_grid_sample(value.to(wide), shapes, locations, weights).to(value.dtype)
 
 
 # ============================================================================================== the layer around it
@@ -115,12 +123,6 @@ class MSDeformAttn(nn.Module):
         """
         B, Q, _ = query.shape
         M, L, P = self.heads, self.levels, self.points
-        offset = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
-        weights = self.attention_weights(query).view(B, Q, M, L * P).softmax(-1).view(B, Q, M, L, P)
-        centre = reference[:, :, None, :, None, :2]
-        if reference.shape[-1] == 2:                                                # an offset is counted in cells
-            size = torch.tensor([(w, h) for h, w in shapes], device=query.device).to(offset)
-            locations = centre + offset / size[:, None]
-        else:                                                     # P offsets span half the box: offset / P * (w, h) / 2
-            locations = centre + offset / P * reference[:, :, None, :, None, 2:] * 0.5
-        return self.output_proj(msda(value, shapes, locations, weights))
+        offsets = self.sampling_offsets(query).view(B, Q, M, L, P, 2)
+        logits = self.attention_weights(query).view(B, Q, M, L, P)
+        return self.output_proj(msda(value, shapes, offsets, logits, reference))

@@ -8,6 +8,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import ctypes
 import gc
 import io
 import itertools
@@ -34,6 +35,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from pycocotools.coco import COCO
@@ -56,7 +58,7 @@ import train
 import variants
 import weights
 from model import Detector, build_model
-from msda_cuda import cpu
+from msda_cuda import cpu, cuda, emulate, op, plain
 
 HERE = Path(__file__).parent
 
@@ -133,13 +135,22 @@ def test_variants_every_field_is_read_and_explained():
 
 # ====================================================================================================== msda.py
 
-def msda_inputs(seed=0, dtype=torch.float64):
+def msda_inputs(B=2, Q=6, M=3, D=4, P=2, shapes=((5, 7), (3, 4), (1, 2)), R=2, dtype=torch.float64, seed=0):
+    """Arguments of msda.msda; a third of the points lies outside, some of them far."""
     g = torch.Generator().manual_seed(seed)
-    shapes = [(5, 7), (3, 4), (1, 2)]
-    value = torch.randn(2, 49, 3, 4, generator=g, dtype=dtype)
-    locations = torch.rand(2, 6, 3, 3, 2, 2, generator=g, dtype=dtype) * 1.6 - 0.3         # a third lies outside
-    weights_ = torch.rand(2, 6, 3, 3, 2, generator=g, dtype=dtype)
-    return value, shapes, locations, weights_
+
+    def normal(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+    L, wide = len(shapes), torch.promote_types(dtype, torch.float32)
+    offsets = normal(B, Q, M, L, P, 2) * (2 if R == 2 else 2 * P)
+    offsets.flatten()[::17] *= 1e3
+    offsets.clamp_(-3e4, 3e4)                                                                    # as float16 can hold
+    return (normal(B, sum(h * w for h, w in shapes), M, D).to(dtype), list(shapes), offsets.to(dtype),
+            normal(B, Q, M, L, P).to(dtype), torch.rand(B, Q, L, R, generator=g, dtype=torch.float64).to(wide))
+
+
+def msda_by_definition(value, shapes, offsets, logits, reference):
+    return msda.msda_grid_sample(value, shapes, *msda.sampling(shapes, offsets, logits, reference))
 
 
 def msda_by_hand(value, shapes, locations, weights_):
@@ -159,85 +170,233 @@ def msda_by_hand(value, shapes, locations, weights_):
 
 
 def msda_ways():
-    """Every way to compute the operator on this machine."""
-    if not cpu.library():
-        print("  (no C++ compiler: only the plain PyTorch path is tested)")
-    return [msda.msda_grid_sample] + ([cpu.MSDA.apply] if cpu.library() else [])
+    """Every way to compute the operator that can be tried without a GPU: modules with forward and backward."""
+    try:
+        cpu.library()
+        return [plain, cpu, cuda]                                       # cuda's kernels run on the CPU, see emulate.py
+    except OSError as error:
+        print(f"  (only the plain PyTorch path is tested: {error})")
+        return [plain]
 
 
 def test_msda_equals_its_definition():
-    args = msda_inputs()
-    for way in [msda.msda, *msda_ways()]:
-        assert torch.allclose(way(*args), msda_by_hand(*args), atol=1e-12)
-
-
-def test_msda_gradients_are_autograds():
-    value, shapes, locations, weights_ = msda_inputs()
-    args = [t.clone().requires_grad_() for t in (value, locations[:, :4], weights_[:, :4])]
-    for way in msda_ways():
-        assert torch.autograd.gradcheck(lambda v, x, w: way(v, shapes, x, w), args)
+    value, shapes, offsets, logits, _ = msda_inputs()
+    for R in (2, 4):
+        args = (value, shapes, offsets, logits, msda_inputs(R=R)[4])
+        want = msda_by_hand(value, shapes, *msda.sampling(*args[1:]))
+        for way in (msda_by_definition, msda.msda):
+            assert torch.allclose(way(*args), want, atol=1e-12)
 
 
 def test_msda_ways_agree_on_any_shape():
-    """Forward and all gradients; far outside, on edges and corners; empty queries; any dtype and threads."""
+    """Output and all gradients against autograd through the definition in float64: any shape, dtype and threads.
+
+    Among the ways is the CUDA kernel itself, every lane of it. A head is 1 to 264 channels: less than a lane's vector,
+    odd, a lane alone, a whole warp and more.
+    """
+    tiny = [(3, 5), (2, 2)]
+    for B, Q, M, D, P, shapes, R in [
+            (1, 1, 1, 1, 1, [(1, 1)], 2), (2, 0, 8, 16, 4, [(3, 5)], 4), (3, 11, 5, 7, 3, [(1, 9), (8, 1)], 4),
+            (2, 20, 8, 32, 4, [(9, 7), (5, 4), (3, 2), (1, 1)], 2), (2, 9, 2, 32, 4, tiny, 4), (1, 70, 1, 4, 40, tiny, 4),
+            (1, 5, 2, 264, 3, tiny, 2), (0, 5, 2, 8, 3, tiny, 2)]:
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            value, _, offsets, logits, reference = msda_inputs(B, Q, M, D, P, shapes, R, dtype)
+            # What lies before and after the value must not be read, nor what padding may hold: here it is NaN.
+            value = F.pad(value.flatten(), (64, 64), value=torch.nan)[64:64 + value.numel()].view(value.shape)
+            args = (value, shapes, offsets, logits, reference)
+            inputs = [t.detach().double().requires_grad_() for t in (value, offsets, logits, reference)]
+            want = msda_by_definition(inputs[0], shapes, *inputs[1:])
+            grad = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+            want = [want.detach(), *torch.autograd.grad(want, inputs, grad.double())]
+            limit = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+            # The kernel is compiled anew for each shape and dtype, in a second or two: in float32 all, of the others some.
+            ways = [w for w in msda_ways() if w is not cuda or dtype == torch.float32 or D == 7 or D == 32 and dtype.itemsize == 2]
+            for way, threads in itertools.product(ways, (1, 3)):
+                before = torch.get_num_threads()
+                with emulate.gpu() if way is cuda else contextlib.nullcontext():
+                    try:
+                        torch.set_num_threads(threads)
+                        got = [way.forward(*args), *way.backward(grad, *args, True)]
+                    finally:
+                        torch.set_num_threads(before)
+                for a, b, like in zip(got, want, [grad, value, offsets, logits, reference]):
+                    assert a.dtype == like.dtype and a.shape == like.shape and a.isfinite().all()
+                    error = (a.double() - b).norm() / b.norm().clamp(min=1e-12)
+                    assert error < limit, (way.__name__, B, Q, M, D, P, shapes, R, dtype, error.item())
+                if way is cuda and threads == 1:
+                    with emulate.gpu():
+                        assert way.backward(grad, *args, False)[3] is None
+                        assert torch.equal(way.forward(*args), got[0])
+                if way is cuda:
+                    break                                                 # which does not know how many threads torch has
+
+
+def test_msda_border_and_nan():
+    """On borders and centres the value is the definition's; NaN and infinity lie outside; another image is never read."""
+    value, shapes, offsets, logits, reference = msda_inputs(Q=40)
     g = torch.Generator().manual_seed(0)
-    for B, M, D, Q, P, shapes in [(1, 1, 1, 1, 1, [(1, 1)]), (2, 8, 16, 0, 4, [(3, 5)]), (3, 5, 7, 11, 3, [(1, 9), (8, 1)]),
-                                  (2, 4, 32, 40, 4, [(9, 7), (5, 4), (3, 2), (1, 1)])]:
-        value = torch.randn(B, sum(h * w for h, w in shapes), M, D, generator=g)
-        locations = torch.rand(B, Q, M, len(shapes), P, 2, generator=g) * 2 - 0.5
-        special = torch.tensor([0.0, 1.0, 0.5, -1e6, 1e6])
-        locations.flatten()[::7] = special[torch.randint(0, 5, locations.flatten()[::7].shape, generator=g)]
-        weights_ = torch.rand(B, Q, M, len(shapes), P, generator=g)
-        grad = torch.randn(B, Q, M * D, generator=g)
-        results = []
-        for way, threads in itertools.product(msda_ways(), (1, 3)):
-            args = [t.clone().requires_grad_() for t in (value, locations, weights_)]
-            before = torch.get_num_threads()
-            try:
-                torch.set_num_threads(threads)
-                out = way(args[0], shapes, args[1], args[2])
-                out.backward(grad)
-            finally:
-                torch.set_num_threads(before)
-            args[1].grad.flatten()[::7] = 0           # on a pixel's centre there are two slopes
-            results.append([out.detach(), *(a.grad for a in args)])
-        for other in results[1:]:
-            assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(results[0], other)), (B, M, D, Q, P)
-    if cpu.library():
-        value, shapes, locations, weights_ = msda_inputs(dtype=torch.float32)
-        outside = locations.clone()
-        locations[0, 0, 0, 0, 0], locations[0, 1, 0, 0, 0] = float("nan"), float("inf")            # both read nothing
-        outside[0, :2, 0, 0, 0] = -5.0
-        out = msda.msda(value, shapes, locations, weights_)
-        assert torch.equal(out, msda.msda(value, shapes, outside, weights_))
-        half = msda.msda(value.bfloat16(), shapes, locations, weights_)
-        assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), out, atol=0.05)
+    reference.zero_()
+    offsets = torch.tensor([-1e9, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.5, 4.0, 7.5])[
+        torch.randint(0, 10, offsets.shape, generator=g)].double()
+    want = msda_by_hand(value, shapes, *msda.sampling(shapes, offsets, logits, reference))
+    value[1] = torch.nan
+    outside = offsets.clone()
+    outside[0, ::2, 0, 0, 0, 0], outside[0, ::3, 1, 1, 1, 1], outside[0, ::4, 2, 2, 0, 1] = torch.nan, torch.inf, -torch.inf
+    far = torch.where(outside.isfinite(), outside, -1e9)
+    for way in msda_ways():
+        with emulate.gpu() if way is cuda else contextlib.nullcontext():
+            assert torch.allclose(way.forward(value, shapes, offsets, logits, reference)[0], want[0], atol=1e-12)
+            out = way.forward(value, shapes, outside, logits, reference)[0]
+            assert out.isfinite().all() and torch.equal(out, way.forward(value, shapes, far, logits, reference)[0])
+            grads = way.backward(torch.ones_like(want), value, shapes, outside, logits, reference, True)
+            assert all(t[0].isfinite().all() for t in grads)
+            boxes = torch.rand(2, 40, 3, 4).double()
+            grads = way.backward(torch.ones_like(want), value, shapes, outside, logits, boxes, True)
+            assert all(t[0].isfinite().all() for t in grads)
+
+
+def test_msda_is_an_operator_of_torch():
+    """Registered so that gradients, fake tensors, torch.compile, torch.export and autocast work; two kinds of reference."""
+    for R in (2, 4):
+        value, shapes, offsets, logits, reference = msda_inputs(Q=3, P=1, R=R)
+        offsets.clamp_(-4, 4)
+        args = [t.requires_grad_() for t in (value, offsets, logits, reference)]
+        flat = [n for shape in shapes for n in shape]
+        assert torch.autograd.gradcheck(lambda v, o, a, r: msda.msda(v, shapes, o, a, r), args)
+        torch.library.opcheck(torch.ops.mindetr.msda.default, (*args, flat))
+        args = [t.detach() for t in args]
+        torch.library.opcheck(torch.ops.mindetr.msda_backward.default,
+                              (torch.ones(2, 3, 12, dtype=torch.float64), *args, flat, R == 4))
+    args[0].requires_grad_()
+    (first,) = torch.autograd.grad(msda.msda(args[0], shapes, *args[1:]).square().sum(), args[0], create_graph=True)
+    assert "second derivative" in error_of(torch.autograd.grad, first.sum(), args[0], kind=RuntimeError)
+
+    layer = msda.MSDeformAttn(32, levels=2, heads=4, points=2)
+    nn.init.normal_(layer.sampling_offsets.weight)
+    inputs = torch.randn(2, 5, 32), torch.rand(2, 5, 2, 4), torch.randn(2, 16, 4, 8), [(3, 4), (2, 2)]
+    want = layer(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs)
+        exported = torch.export.export(layer, inputs).module()(*inputs)
+    assert torch.allclose(compiled, want, atol=1e-6) and torch.allclose(exported, want, atol=1e-6)
+    parameters = list(layer.parameters())[:4]
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), parameters) for out in (compiled, want))):
+        assert torch.allclose(a, b, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):                # the value is half, the reference stays float32
+        half = layer(inputs[0], inputs[1], inputs[2].bfloat16(), inputs[3])
+        half.square().sum().backward()
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), want, atol=0.1)
 
 
 def test_msda_needs_no_compiler():
-    """Where cpu.cpp cannot be built one warning says why, and plain PyTorch serves."""
+    """Where nothing can be compiled one warning says why, and plain PyTorch serves; MINDETR_MSDA can forbid that."""
     args = msda_inputs()
-    want = msda.msda(*args)
+    want = msda_by_definition(*args)
     with tempfile.TemporaryDirectory() as folder, \
             mock.patch.dict(os.environ, {"CXX": "/no/such/compiler", "XDG_CACHE_HOME": folder}):
-        cpu.library.cache_clear()
         try:
+            for cache in (cpu.library, op.native, op.warn_once):
+                cache.cache_clear()
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 assert torch.allclose(msda.msda(*args), want, atol=1e-12)
-                assert torch.allclose(msda.msda(*args), want, atol=1e-12)
+                assert torch.allclose(msda.msda(*msda_inputs(D=8)), msda_by_definition(*msda_inputs(D=8)), atol=1e-12)
             assert len(said) == 1 and "plain PyTorch" in str(said[0].message) and "compiler" in str(said[0].message)
+            op.native.cache_clear()
+            with mock.patch.object(op, "BACKEND", "native"):
+                assert "compiler" in error_of(msda.msda, *args, kind=OSError)
+            with mock.patch.object(op, "BACKEND", "torch"):
+                assert torch.allclose(msda.msda(*args), want, atol=1e-12)
+                half = msda.msda(*msda_inputs(dtype=torch.bfloat16))
+                assert half.dtype == torch.bfloat16
         finally:
-            cpu.library.cache_clear()
+            for cache in (cpu.library, op.native, op.warn_once):
+                cache.cache_clear()
+    with mock.patch.object(ctypes, "CDLL", side_effect=OSError):
+        cuda.nvrtc.cache_clear()
+        assert "NVRTC is not installed: pip install" in error_of(cuda.nvrtc, kind=OSError)
+
+
+def test_msda_kernel_is_compiled_by_nvrtc():
+    """For every generation of GPUs, by the NVRTC of torch's packages; the second time it comes from the cache."""
+    try:
+        cuda.nvrtc()
+    except OSError as error:
+        return print(f"  (not tested: {error})")
+    config = cuda.Config(torch.bfloat16, torch.float32, 32, 4, 4, 4)
+    for major, minor in ((7, 5), (8, 0), (9, 0), (12, 7)):
+        file = cuda.compiled(config, major, minor)
+        assert file.stat().st_size > 1000 and file.suffix == (".ptx" if minor == 7 else ".cubin")
+        with mock.patch.object(cuda, "compile_source", side_effect=AssertionError):
+            assert cuda.compiled(config, major, minor) == file
+    assert "no GPU as old" in error_of(cuda.compiled, config, 1, 0, kind=OSError)
+    broken = {"msda.cu": "int x = y;", "sampling.h": ""}
+    assert '"y" is undefined' in error_of(cuda.compile_source, config, broken, ["--gpu-architecture=sm_90"], kind=OSError)
+
+
+def test_msda_kernel_fits_every_config():
+    """Lanes, threads and shared memory stay within a GPU's limits for whatever a Config may ask."""
+    for dtype, D, LP, Q in itertools.product(cuda.TYPES, (1, 2, 3, 8, 32, 33, 256, 1024), (1, 3, 16, 150, 384), (1, 22223)):
+        config = cuda.Config(dtype, dtype, D, 1, LP, 2)
+        threads = config.threads(8, Q, 132)
+        blocks, shared = cuda.grid(config, (1, Q, 8), threads)
+        assert D % config.vec == 0 and config.vec * dtype.itemsize <= 16 and 32 % config.lanes == 0
+        assert threads in (32, 64, 128, 256) and shared <= cuda.SHARED_MEMORY and blocks * threads >= 8 * Q * config.lanes
+    assert "points" in error_of(cuda.Config(torch.float64, torch.float64, 32, 4, 500, 2).header, kind=ValueError)
+
+
+def test_msda_failed_launch_is_raised_with_its_shapes():
+    class Failing(emulate.Driver):
+        @staticmethod
+        def cuLaunchKernel(*args):
+            return 701
+
+    value, shapes, offsets, logits, reference = msda_inputs()
+    with emulate.gpu(Failing), mock.patch.object(cuda, "kernel"):
+        said = error_of(cuda.forward, value, shapes, offsets, logits, reference, kind=RuntimeError)
+    for word in ("forward kernel", "code 701", "B=2, Q=6, M=3, S=49", "(5, 7)", "D=4"):
+        assert word in said, said
 
 
 def test_msda_wrong_arguments_are_named():
-    value, shapes, locations, weights_ = msda_inputs()
-    for args, word in [((value[:, 1:], shapes, locations, weights_), "S = 49"),
-                       ((value, shapes[:2], locations, weights_), "value"),
-                       ((value, shapes, locations[..., :1], weights_), "locations"),
-                       ((value, shapes, locations, weights_[:, 1:]), "weights")]:
-        assert word in error_of(msda.msda, *args, kind=ValueError)
+    value, shapes, offsets, logits, reference = msda_inputs()
+    for args, word in [((value[:, 1:], shapes, offsets, logits, reference), "S = 49"),
+                       ((value[..., 0], shapes, offsets, logits, reference), "value is (2, 49, 3)"),
+                       ((value, shapes[:2], offsets, logits, reference), "value"),
+                       ((value, [(49, 0), (7, 7)], offsets, logits, reference), "at least 1 x 1"),
+                       ((value, shapes, offsets[..., :1], logits, reference), "offsets"),
+                       ((value, shapes, offsets[:, :, :2], logits, reference), "offsets"),
+                       ((value, shapes, offsets[:, :, :, :, :0], logits, reference), "offsets"),
+                       ((value, shapes, offsets, logits[:, 1:], reference), "logits"),
+                       ((value, shapes, offsets, logits, reference[..., :1]), "reference"),
+                       ((value, shapes, offsets, logits, reference[:, :1]), "reference"),
+                       ((value.int(), shapes, offsets, logits, reference), "value is torch.int32"),
+                       ((value, shapes, offsets.to("meta"), logits, reference), "offsets is on meta"),
+                       ((value, shapes, offsets, logits, reference.to("meta")), "reference is on meta")]:
+        for backend in ("fastest", "torch"):
+            with mock.patch.object(op, "BACKEND", backend):
+                assert word in error_of(msda.msda, *args, kind=ValueError), word
+    flat = [n for shape in shapes for n in shape]
+    for change, word in [({1: offsets.float()}, "offsets are torch.float32"),
+                         ({2: logits.half()}, "logits are torch.float16"),
+                         ({3: reference.float()}, "reference is torch.float32")]:
+        args = [change.get(i, t) for i, t in enumerate((value, offsets, logits, reference))]
+        assert word in error_of(torch.ops.mindetr.msda, *args, flat, kind=ValueError)
+    grad = torch.ones(2, 6, 11, dtype=torch.float64)
+    assert "grad_out is (2, 6, 11)" in error_of(torch.ops.mindetr.msda_backward, grad, value, offsets, logits, reference,
+                                                flat, False, kind=ValueError)
+
+
+def test_msda_kernel_refuses_memory_it_would_misread():
+    """What reaches a launch must be whole and aligned; views that are not are copied before."""
+    whole = torch.randn(4, 8)
+    for tensor, word in [(whole.t(), "strides (1, 8)"), (whole.flatten()[1:], "multiple of 16"),
+                         (whole.to("meta"), "on meta")]:
+        assert word in error_of(cuda.check_memory, "forward", [whole, None, tensor], whole.device, kind=ValueError)
+        if tensor.device == whole.device:
+            cuda.check_memory("forward", [cuda.aligned(tensor)], whole.device)
+            assert torch.equal(cuda.aligned(tensor), tensor)
 
 
 def test_msda_layer_starts_by_looking_around():
@@ -1144,16 +1303,23 @@ def test_parity_diffu_dino_training():
 
 
 def test_parity_msda():
+    """The published numbers are of locations and weights: an offset from the corner in cells, and a logarithm."""
+    shapes = [(12, 16), (6, 8), (3, 4), (2, 2)]
+    size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
     value = torch.from_numpy(name_rng("msda_value").standard_normal((2, 256, 8, 32))).requires_grad_()
     locations = torch.from_numpy(name_rng("msda_loc").uniform(-0.2, 1.2, (2, 50, 8, 4, 4, 2))).requires_grad_()
     attention = torch.from_numpy(name_rng("msda_attn").standard_normal((2, 50, 8, 16))).softmax(-1)
     attention = attention.view(2, 50, 8, 4, 4).requires_grad_()
-    out = msda.msda(value, [(12, 16), (6, 8), (3, 4), (2, 2)], locations, attention)
-    out.backward(torch.from_numpy(name_rng("msda_grad").standard_normal((2, 50, 256))))
+    grad = torch.from_numpy(name_rng("msda_grad").standard_normal((2, 50, 256)))
+    out = msda.msda(value, shapes, locations * size, attention.log(), torch.zeros(2, 50, 4, 2, dtype=torch.float64))
+    of_value, of_locations, of_weights = torch.autograd.grad(out, (value, locations, attention), grad)
     close(picked(out, 4), [0.15840885643, 0.09650539657, 0.17882717442, 0.017678043499], 1e-9)
-    close(picked(value.grad, 4), [0.0007511216715, -1.0742236012e-05, 0.18522217964, 0.084644974896], 1e-9)
-    close(picked(locations.grad, 4), [-0.26125806638, -0.47652863885, 2.1711630027, 0.0], 1e-9)
+    close(picked(of_value, 4), [0.0007511216715, -1.0742236012e-05, 0.18522217964, 0.084644974896], 1e-9)
+    close(picked(of_locations, 4), [-0.26125806638, -0.47652863885, 2.1711630027, 0.0], 1e-9)
+    msda.msda_grid_sample(value, shapes, locations, attention).backward(grad)
     close(picked(attention.grad, 4), [0.13170110342, -4.8038421524, 0.0, 5.1468127785], 1e-9)
+    mean = (attention * attention.grad).sum((-1, -2), keepdim=True)        # a softmax's input does not see what is common
+    close(of_weights, (attention.grad - mean).detach(), 1e-9)
 
 
 # ------------------------------------------------------------------------------------------------ names and recognition

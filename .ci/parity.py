@@ -232,17 +232,28 @@ def compare_detections(found, out, outputs, cfg):
 # ============================================================================================================== models
 
 def check_msda(shared):
-    """The operator and its gradients."""
+    """The operator and its gradients. The numbers are of locations and attention weights: those are an offset from the
+    corner, in cells, and a logarithm; a softmax hands back of a gradient what is not common to all weights."""
     fill, out, meta = load_fill(shared), read(shared, "msda"), json.loads((Path(shared) / "msda/meta.json").read_text())
+    shapes = [tuple(s) for s in meta["levels_h_w"]]
+    size = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
     value = torch.from_numpy(fill.rng("msda_value").standard_normal((2, 256, 8, 32))).requires_grad_()
     locations = torch.from_numpy(fill.rng("msda_loc").uniform(-0.2, 1.2, (2, 50, 8, 4, 4, 2))).requires_grad_()
-    attention = torch.from_numpy(fill.rng("msda_attn").standard_normal((2, 50, 8, 16))).softmax(-1)
-    attention = attention.view(2, 50, 8, 4, 4).requires_grad_()
-    result = msda_module.msda(value, [tuple(s) for s in meta["levels_h_w"]], locations, attention)
-    result.backward(torch.from_numpy(fill.rng("msda_grad").standard_normal((2, 50, 256))))
-    return {"output": apart(out["output"], result), "grad_value": apart(out["grad_value"], value.grad),
-            "grad_locations": apart(out["grad_sampling_locations"], locations.grad),
-            "grad_weights": apart(out["grad_attention_weights"], attention.grad)}
+    attention = torch.from_numpy(fill.rng("msda_attn").standard_normal((2, 50, 8, 16))).softmax(-1).view(2, 50, 8, 4, 4)
+    logits, attention = attention.log().requires_grad_(), attention.requires_grad_()
+    grad = torch.from_numpy(fill.rng("msda_grad").standard_normal((2, 50, 256)))
+    reference = torch.zeros(2, 50, 4, 2, dtype=torch.float64)
+    plain = msda_module.msda_grid_sample(value, shapes, locations, attention)
+    of_attention = torch.autograd.grad(plain, (value, locations, attention), grad)[2]
+    fused = msda_module.msda(value, shapes, locations * size, logits, reference)
+    of_value, of_locations, of_logits = torch.autograd.grad(fused, (value, locations, logits), grad)
+    stored = torch.from_numpy(out["grad_attention_weights"])
+    weights = attention.detach()
+    wanted = weights * (stored - (weights * stored).sum((-1, -2), keepdim=True))
+    return {"output": apart(out["output"], fused), "output of the definition": apart(out["output"], plain),
+            "grad_value": apart(out["grad_value"], of_value),
+            "grad_locations": apart(out["grad_sampling_locations"], of_locations),
+            "grad_logits": apart(wanted, of_logits), "grad_weights of the definition": apart(stored, of_attention)}
 
 
 def check_detr(shared):

@@ -1,111 +1,129 @@
-// Multi-scale deformable attention on a CPU, forward and backward: Zhu et al. 2021, Eq. 3, one point at a time.
+// Multi-scale deformable attention on a CPU, forward and backward: Zhu et al. 2021, Eq. 3, one point at a time, from the
+// layer's raw offsets and attention logits to its output, with the arithmetic that the CUDA kernel has (sampling.h).
 //
 // Compiled by cpu.py at first use. A call handles the (image, head) pairs [first, last); calls on disjoint ranges write
 // to disjoint memory, so that Python threads can run them side by side (ctypes lets go of the interpreter's lock), and
 // the result does not depend on how many there are.
 //
-//   value [B, S, M, D]   shapes [L, 2] (h, w)   locations [B, Q, M, L, P, 2] (x, y)   weights [B, Q, M, L, P]
-//   out   [B, Q, M, D]   and each gradient as what it is the gradient of; grad_value comes zeroed
+//   value [B, S, M, D]   offsets [B, Q, M, L, P, 2]   logits [B, Q, M, L, P]   reference [B, Q, L, R]
+//   shapes [L, 2] (h, w)   out [B, Q, M, D]   and each gradient as what it is the gradient of. grad_value comes zeroed,
+//   and so does grad_reference [B, M, Q, L, R], one for each head, unless it is null
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
-// The four corners around a point: bilinear weight, its derivatives in pixels, and the row; outside there is no row.
-template <typename T>
-struct Corners {
-    T weight[4], dx[4], dy[4];
-    int64_t row[4];
-    int count = 0;
+#include "sampling.h"
 
-    Corners(T x, T y, int64_t h, int64_t w) {              // x, y in pixels; pixel 0's centre is 0
-        if (!(x > -1 && y > -1 && x < w && y < h)) return;    // far outside, or NaN: nothing to read
-        const int64_t x0 = (int64_t)std::floor(x), y0 = (int64_t)std::floor(y);
-        const T fx = x - x0, fy = y - y0;
-        for (int j = 0; j < 2; j++)
-            for (int i = 0; i < 2; i++) {
-                const int64_t cx = x0 + i, cy = y0 + j;
-                if (cx < 0 || cy < 0 || cx >= w || cy >= h) continue;
-                const T wx = i ? fx : 1 - fx, wy = j ? fy : 1 - fy;
-                weight[count] = wx * wy;
-                dx[count] = i ? wy : -wy;
-                dy[count] = j ? wx : -wx;
-                row[count++] = cy * w + cx;
-            }
-    }
+struct Sizes {
+    int64_t S, M, D, Q, L, P;
 };
 
-template <typename T>
-void forward(const T *value, const int64_t *shapes, const T *locations, const T *weights, T *out, int64_t S, int64_t M,
-             int64_t D, int64_t Q, int64_t L, int64_t P, int64_t first, int64_t last) {
+// Softmax over the points of one (query, head), and where each of them falls.
+template <typename T, int R>
+void prepare(Point<T> *points, const T *offsets, const T *logits, const T *reference, const int64_t *shapes,
+             const Sizes &n) {
+    const T top = *std::max_element(logits, logits + n.L * n.P);
+    T total = 0;
+    for (int64_t k = 0; k < n.L * n.P; k++) total += points[k].weight = std::exp(logits[k] - top);
+    int start = 0;
+    for (int64_t l = 0; l < n.L; l++) {
+        const int h = shapes[2 * l], w = shapes[2 * l + 1];
+        for (int64_t k = l * n.P; k < (l + 1) * n.P; k++) {
+            const T x = pixel<T, R>(reference + l * R, offsets[2 * k], 0, w, n.P);
+            const T y = pixel<T, R>(reference + l * R, offsets[2 * k + 1], 1, h, n.P);
+            points[k] = locate(x, y, points[k].weight / total, h, w, start);
+        }
+        start += h * w;
+    }
+}
+
+template <typename T, int R>
+void forward(const T *value, const T *offsets, const T *logits, const T *reference, T *out, const int64_t *shapes, Sizes n,
+             int64_t first, int64_t last) {
+    const int64_t K = n.L * n.P, stride = n.M * n.D;
+    std::vector<Point<T>> points(K);
     for (int64_t pair = first; pair < last; pair++) {
-        const int64_t b = pair / M, m = pair % M;
-        for (int64_t q = 0; q < Q; q++) {
-            const int64_t at = ((b * Q + q) * M + m);
-            T *o = out + at * D;
-            for (int64_t d = 0; d < D; d++) o[d] = 0;
-            const T *level = value + (b * S * M + m) * D;
-            for (int64_t l = 0; l < L; l++) {
-                const int64_t h = shapes[2 * l], w = shapes[2 * l + 1];
-                for (int64_t p = 0; p < P; p++) {
-                    const int64_t k = (at * L + l) * P + p;
-                    const Corners<T> c(locations[2 * k] * w - T(0.5), locations[2 * k + 1] * h - T(0.5), h, w);
-                    for (int n = 0; n < c.count; n++) {
-                        const T *v = level + c.row[n] * M * D, scale = c.weight[n] * weights[k];
-                        for (int64_t d = 0; d < D; d++) o[d] += scale * v[d];
-                    }
+        const int64_t b = pair / n.M, m = pair % n.M;
+        const T *values = value + b * n.S * stride + m * n.D;
+        for (int64_t q = 0; q < n.Q; q++) {
+            const int64_t row = (b * n.Q + q) * n.M + m;
+            const T *box = reference + (b * n.Q + q) * n.L * R;
+            prepare<T, R>(points.data(), offsets + row * K * 2, logits + row * K, box, shapes, n);
+            T *o = out + row * n.D;
+            std::fill(o, o + n.D, T(0));
+            for (int64_t k = 0; k < K; k++) {
+                const Point<T> &p = points[k];
+                for (int c = 0; c < 4; c++) {
+                    if (!p.has(c)) continue;
+                    const T *v = values + p.token(c, shapes[2 * (k / n.P) + 1]) * stride, scale = p.weight * p.bilinear(c);
+                    for (int64_t d = 0; d < n.D; d++) o[d] += scale * v[d];
                 }
-                level += h * w * M * D;
             }
         }
     }
 }
 
-template <typename T>
-void backward(const T *value, const int64_t *shapes, const T *locations, const T *weights, const T *grad_out,
-              T *grad_value, T *grad_locations, T *grad_weights, int64_t S, int64_t M, int64_t D, int64_t Q, int64_t L,
-              int64_t P, int64_t first, int64_t last) {
+template <typename T, int R>
+void backward(const T *grad_out, const T *value, const T *offsets, const T *logits, const T *reference, T *grad_value,
+              T *grad_offsets, T *grad_logits, T *grad_reference, const int64_t *shapes, Sizes n, int64_t first,
+              int64_t last) {
+    const int64_t K = n.L * n.P, stride = n.M * n.D;
+    std::vector<Point<T>> points(K);
     for (int64_t pair = first; pair < last; pair++) {
-        const int64_t b = pair / M, m = pair % M;
-        for (int64_t q = 0; q < Q; q++) {
-            const int64_t at = ((b * Q + q) * M + m);
-            const T *g = grad_out + at * D;
-            int64_t level = (b * S * M + m) * D;
-            for (int64_t l = 0; l < L; l++) {
-                const int64_t h = shapes[2 * l], w = shapes[2 * l + 1];
-                for (int64_t p = 0; p < P; p++) {
-                    const int64_t k = (at * L + l) * P + p;
-                    const Corners<T> c(locations[2 * k] * w - T(0.5), locations[2 * k + 1] * h - T(0.5), h, w);
-                    T sum = 0, sum_x = 0, sum_y = 0;
-                    for (int n = 0; n < c.count; n++) {
-                        const T *v = value + level + c.row[n] * M * D, scale = c.weight[n] * weights[k];
-                        T *gv = grad_value + level + c.row[n] * M * D, dot = 0;
+        const int64_t b = pair / n.M, m = pair % n.M, at = b * n.S * stride + m * n.D;
+        for (int64_t q = 0; q < n.Q; q++) {
+            const int64_t row = (b * n.Q + q) * n.M + m;
+            const T *box = reference + (b * n.Q + q) * n.L * R, *g = grad_out + row * n.D;
+            prepare<T, R>(points.data(), offsets + row * K * 2, logits + row * K, box, shapes, n);
+            T mean = 0;
+            for (int64_t k = 0; k < K; k++) {
+                const Point<T> &p = points[k];
+                const int64_t l = k / n.P;
+                Flow<T> flow = {0, 0, 0};
+                for (int c = 0; c < 4; c++) {
+                    if (!p.has(c)) continue;
+                    const int64_t token = at + p.token(c, shapes[2 * l + 1]) * stride;
+                    const T *v = value + token, scale = p.weight * p.bilinear(c);
+                    T *gv = grad_value + token, dot = 0;
 #pragma omp simd reduction(+ : dot)
-                        for (int64_t d = 0; d < D; d++) {
-                            dot += g[d] * v[d];
-                            gv[d] += scale * g[d];
-                        }
-                        sum += dot * c.weight[n];
-                        sum_x += dot * c.dx[n];
-                        sum_y += dot * c.dy[n];
+                    for (int64_t d = 0; d < n.D; d++) {
+                        dot += g[d] * v[d];
+                        gv[d] += scale * g[d];
                     }
-                    grad_weights[k] = sum;
-                    grad_locations[2 * k] = sum_x * weights[k] * w;          // a location of 1 is w pixels away
-                    grad_locations[2 * k + 1] = sum_y * weights[k] * h;
+                    flow.add(p, c, dot);
                 }
-                level += h * w * M * D;
+                for (int axis = 0; axis < 2; axis++) {
+                    const int size = shapes[2 * l + 1 - axis];
+                    const T grad_pixel = (axis ? flow.y : flow.x) * p.weight;
+                    const int64_t i = (row * K + k) * 2 + axis;
+                    grad_offsets[i] = flow_to_offset<T, R>(grad_pixel, box + l * R, axis, size, n.P);
+                    if (grad_reference) {
+                        T *to = grad_reference + ((pair * n.Q + q) * n.L + l) * R;
+                        flow_to_reference<T, R>(grad_pixel, offsets[i], axis, size, n.P, [&](int of, T x) { to[of] += x; });
+                    }
+                }
+                grad_logits[row * K + k] = flow.weight;
+                mean += p.weight * flow.weight;
             }
+            // Softmax, backwards: dL/dlogit_k = a_k (dL/da_k - sum_j a_j dL/da_j).
+            for (int64_t k = 0; k < K; k++) grad_logits[row * K + k] = points[k].weight * (grad_logits[row * K + k] - mean);
         }
     }
 }
 
-#define EXPORT(T, name)                                                                                               \
-    extern "C" void forward_##name(const T *v, const int64_t *s, const T *x, const T *w, T *o, int64_t S, int64_t M,   \
-                                   int64_t D, int64_t Q, int64_t L, int64_t P, int64_t first, int64_t last) {          \
-        forward<T>(v, s, x, w, o, S, M, D, Q, L, P, first, last);                                                      \
-    }                                                                                                                  \
-    extern "C" void backward_##name(const T *v, const int64_t *s, const T *x, const T *w, const T *g, T *gv, T *gx,    \
-                                    T *gw, int64_t S, int64_t M, int64_t D, int64_t Q, int64_t L, int64_t P,           \
-                                    int64_t first, int64_t last) {                                                     \
-        backward<T>(v, s, x, w, g, gv, gx, gw, S, M, D, Q, L, P, first, last);                                         \
+#define EXPORT(T, name, R)                                                                                                \
+    extern "C" void forward_##name##_##R(const T *v, const T *x, const T *a, const T *r, T *o, const int64_t *shapes,      \
+                                         int64_t S, int64_t M, int64_t D, int64_t Q, int64_t L, int64_t P, int64_t first, \
+                                         int64_t last) {                                                                  \
+        forward<T, R>(v, x, a, r, o, shapes, {S, M, D, Q, L, P}, first, last);                                            \
+    }                                                                                                                     \
+    extern "C" void backward_##name##_##R(const T *g, const T *v, const T *x, const T *a, const T *r, T *gv, T *gx, T *ga, \
+                                          T *gr, const int64_t *shapes, int64_t S, int64_t M, int64_t D, int64_t Q,        \
+                                          int64_t L, int64_t P, int64_t first, int64_t last) {                             \
+        backward<T, R>(g, v, x, a, r, gv, gx, ga, gr, shapes, {S, M, D, Q, L, P}, first, last);                            \
     }
-EXPORT(float, float32)
-EXPORT(double, float64)
+EXPORT(float, float32, 2)
+EXPORT(float, float32, 4)
+EXPORT(double, float64, 2)
+EXPORT(double, float64, 4)
