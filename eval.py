@@ -8,24 +8,22 @@ In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR
 """
 import argparse
 import contextlib
-import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torchvision.ops import batched_nms, box_convert
 from tqdm import tqdm
 
 import data
+import distributed
 import pictures
 import variants
 import weights
+from scores import coco_metrics
 
-METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
@@ -87,13 +85,15 @@ def answering(model):
 def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, progress=True, table=False):
     """Run the model over a data set of data.py -> (metrics, detections).
 
-    metrics: dict of the twelve names in METRICS, 0..1, by pycocotools; -1 where there is nothing to find (no small
-    objects, say). detections: COCO's results format, [{image_id, category_id, bbox [x, y, w, h] in pixels, score}].
+    metrics: dict of the twelve names in scores.METRICS, 0..1; -1 where there is nothing to find (no small objects, say).
+    detections: COCO's results format, [{image_id, category_id, bbox [x, y, w, h] in pixels, score}].
     device: where the images go; by default the model's. limit: only the first so many images are run and scored.
-    table: print pycocotools' twelve lines.
+    table: print pycocotools' twelve lines. Of several processes each takes its share of the images; all get the metrics,
+    and process 0 all the detections.
     """
     image_ids = list(dataset.image_ids)[:limit]
-    batches = [range(len(image_ids))[i:i + batch_size] for i in range(0, len(image_ids), batch_size)]
+    mine = range(distributed.rank(), len(image_ids), distributed.world())
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     truth, detections = dataset.ground_truth(), []
     # A head may have labels that the data set has no category for (11 of COCO's 91): their detections are dropped.
     exists = {category["id"] for category in truth["categories"]}
@@ -109,26 +109,11 @@ def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, p
                     key = dataset.category_ids[label]
                     if key in exists:
                         detections.append(dict(image_id=target["image_id"], category_id=key, bbox=box, score=score))
-    return coco_metrics(truth, detections, image_ids, table), detections
-
-
-def coco_metrics(truth, detections, image_ids, table=False):
-    """Score detections (results format) on the images `image_ids` of a COCO dict -> dict of METRICS; see `evaluate`."""
-    gt, dt = COCO(), COCO()
-    # loadRes would do this too, but it fails on an empty list and writes into the caller's dicts.
-    gt.dataset, dt.dataset = truth, truth | dict(annotations=[
-        d | dict(id=i, iscrowd=0, area=d["bbox"][2] * d["bbox"][3]) for i, d in enumerate(detections, 1)])
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        gt.createIndex()
-        dt.createIndex()
-        scorer = COCOeval(gt, dt, "bbox")
-        scorer.params.imgIds = image_ids
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    if table:
-        print(*printed.getvalue().splitlines()[-len(METRICS):], sep="\n")
-    return dict(zip(METRICS, scorer.stats.tolist()))
+    if distributed.rank():
+        distributed.gather(detections)
+        return distributed.broadcast(None), []
+    detections = sum(distributed.gather(detections), [])
+    return distributed.broadcast(coco_metrics(truth, detections, image_ids, table)), detections
 
 
 def same_names(dataset, classes, source):

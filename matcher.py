@@ -124,16 +124,17 @@ class Criterion:
     def __init__(self, cfg):
         self.cfg = cfg
 
-    def __call__(self, outputs, targets, step_targets=None):
+    def __call__(self, outputs, targets, step_counts=None):
         """
         Args:
             outputs: the model's.
             targets: list of B dicts with labels [G] and boxes [G, 4].
-            step_targets: the targets of the whole step, when these are one micro-batch of it: losses are divided by
-                the step's number of boxes, so that the micro-batches' losses add up to the step's.
+            step_counts: numbers of boxes of all images of the step, when these are one micro-batch of it: losses are
+                divided by the step's number of boxes, so that all micro-batches' losses, of all processes, add up to
+                the step's.
         """
         cfg = self.cfg
-        counts = [len(t["labels"]) for t in step_targets or targets]
+        counts = step_counts or [len(t["labels"]) for t in targets]
         self.num_boxes = max(sum(counts), 1)
         Q = outputs["logits"].shape[2]
         owned = sum(min(n, Q) for n in counts)

@@ -440,6 +440,7 @@ class Detector(nn.Module):
             t = self.time_embed(torch.cat([angle.cos(), angle.sin()], -1))
         logits, boxes = [], []
         for l, layer in enumerate(self.decoder):
+            padded = None
             if reference is not None:           # the photo's [0, 1] to that of every level's padded map: [B, Q, levels, 2|4]
                 scale = memory.valid.repeat(1, 1, reference.shape[-1] // 2)
                 padded = reference[:, :, None] * scale[:, None]
@@ -448,9 +449,9 @@ class Detector(nn.Module):
                 if cfg.query_scale and l > 0:
                     pos = pos * self.query_scale(x)
 
-            def attend(attention, query):
+            def attend(attention, query, padded=padded, value=values[l]):         # theirs now: a layer may run again
                 if cfg.attention == "deformable":
-                    return attention(query, padded, values[l], memory.shapes)
+                    return attention(query, padded, value, memory.shapes)
                 return attention(query, memory.tokens + memory.pos, memory.tokens, key_padding_mask=memory.mask,
                                  need_weights=False)[0]
 
