@@ -1,7 +1,7 @@
 """Every test of minDETR: `python test_all.py`, `python test_all.py -k word`, or `pytest test_all.py`.
 
-In the order of the house: variants, msda, matcher, diffusion, model, published weights, data, eval, train. A test's
-name begins with what it tests. They need no network, no GPU and no data; what published code computed is here as
+In the order of the house: variants, msda, matcher, diffusion, model, published weights, data, eval, train, distributed.
+A test's name begins with what it tests. They need no network, no GPU and no data; what published code computed is here as
 numbers, for weights that are made from their names.
 """
 import argparse
@@ -18,6 +18,8 @@ import pickle
 import random
 import re
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +45,7 @@ from torchvision.transforms import functional as TF
 
 import data
 import diffusion
+import distributed
 import eval as evaluation
 import matcher
 import msda
@@ -1933,13 +1936,19 @@ def test_eval_evaluate_oracle_and_nothing():
     assert scores.coco_metrics(bare, [], dataset.image_ids)["AP"] == -1
 
 
-def test_eval_metrics_are_pycocotools():
-    dataset = _toy(12)
+def _doubtful(dataset):
+    """A model that is right, or shifted, or has the wrong name."""
     model = _Oracle(dataset)
     g = torch.Generator().manual_seed(0)
-    for logits, boxes in model.answers.values():         # some right, some shifted, some with a wrong name
+    for logits, boxes in model.answers.values():
         logits += 3 * torch.randn(logits.shape, generator=g)
         boxes += 0.03 * torch.randn(boxes.shape, generator=g)
+    return model
+
+
+def test_eval_metrics_are_pycocotools():
+    dataset = _toy(12)
+    model = _doubtful(dataset)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         metrics, detections = evaluation.evaluate(model, dataset, batch_size=5, progress=False)
@@ -2284,6 +2293,106 @@ def test_train_learns():
             optimizer.step()
             history.append(loss.item())
         assert sum(history[-5:]) < 0.75 * sum(history[:5]), (name, history[:5], history[-5:])
+
+# ==================================================================================================== distributed.py
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def noise_by_image(targets, cfg, generator=None, original=diffusion.noised_references):
+    """DiffuDETR's noise from the image's own boxes, so that it does not depend on which process draws it."""
+    drawn = [original([t], cfg, torch.Generator().manual_seed(int(1e9 * t["boxes"].sum()))) for t in targets]
+    return tuple(torch.cat(parts) for parts in zip(*drawn))
+
+
+def gradients_of(name, counts, mine, parallel):
+    """Losses and gradients of one variant on four images with so many boxes, of which this process has `mine`."""
+    size = dict(dilation=True, backbone="resnet50") if name == "detr_dc5" else {}
+    built = small(name, backbone_norm="frozen", label_noise=0.0, box_noise=0.0, **size).double()
+    images, mask, targets = batch(counts, size=64)
+    targets = [t | {"boxes": t["boxes"].double()} for t in targets]
+    chunks = [(images[i].double(), mask[i], [targets[k] for k in i]) for i in mine]
+    model = torch.nn.parallel.DistributedDataParallel(built) if parallel else built
+    with mock.patch.object(diffusion, "noised_references", noise_by_image):
+        losses = train.forward_backward(model, matcher.Criterion(built.cfg), chunks, torch.device("cpu"),
+                                        contextlib.nullcontext, torch.amp.GradScaler("cpu", enabled=False), lambda name: 0)
+    absent = [n for n, p in built.named_parameters() if p.requires_grad and p.grad is None]
+    assert not absent, (name, counts, absent)
+    return distributed.sums(losses), {n: p.grad for n, p in built.named_parameters() if p.requires_grad}
+
+
+def one_of_two(rank, port, answers):
+    """A process of two: every variant, on half of the images."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    results = {}
+    for name, counts in PARALLEL_CASES:
+        mine = [[2 * rank, 2 * rank + 1]] if sum(counts) else [[2 * rank], [2 * rank + 1]]      # or two micro-batches
+        results[name, counts] = gradients_of(name, counts, mine, parallel=True)
+    assert distributed.everyone([rank, 5]) == [0, 5, 1, 5] and distributed.broadcast(rank) == 0
+    assert distributed.gather("ab"[rank]) == (None if rank else ["a", "b"])
+    assert "write --device cuda" in error_of(distributed.own_device, "cuda:1", kind=variants.ConfigError)
+    _, cfg, recipe = train.settle({"variant": "detr"})
+    run = dict(data="toy", data_root=None, overfit=0, workers=0, save_steps=1, keep_every=0, device="cpu")
+    assert "choose a multiple" in error_of(train.check, run, recipe.but(batch_size=5), kind=variants.ConfigError)
+    results["scores"] = evaluation.evaluate(_doubtful(_toy(7)), _toy(7), batch_size=2, progress=False)[0]
+    if rank == 0:
+        torch.save(results, answers)
+    distributed.stop()
+
+
+# DINO's number of groups and its padding follow the fullest image of a process, which is the same one in both here.
+PARALLEL_CASES = [(name, (3, 1, 2, 3)) for name in variants.VARIANTS] + [
+    (name, counts) for name in ("detr", "diffu") for counts in ((0, 0, 2, 1), (0, 0, 0, 0))]
+PARALLEL_CASES += [("dino", (0, 0, 0, 0)), ("dn", (0, 0, 0, 0))]
+
+
+def test_distributed_two_processes_equal_one():
+    """Losses and gradients of every variant; a process without boxes; no boxes at all; every parameter takes part."""
+    with tempfile.TemporaryDirectory() as folder:
+        answers = Path(folder) / "answers.pth"
+        torch.multiprocessing.spawn(one_of_two, (free_port(), answers), nprocs=2)
+        results = torch.load(answers)
+    assert results.pop("scores") == evaluation.evaluate(_doubtful(_toy(7)), _toy(7), progress=False)[0]
+    for (name, counts), (losses, gradients) in results.items():
+        one_losses, one_gradients = gradients_of(name, counts, [[0, 1, 2, 3]], parallel=False)
+        for key, value in one_losses.items():
+            assert abs(losses[key] - value) <= 1e-9 * max(1, abs(value)), (name, counts, key)
+        size = max(g.abs().max() for g in one_gradients.values())
+        for key, value in one_gradients.items():
+            assert (gradients[key] - value).abs().max() <= 1e-9 * size, (name, counts, key)
+
+
+def torchrun(processes, *arguments):
+    """What `torchrun train.py` says, and its exit code."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                           "--master_port", str(free_port()), "train.py", *arguments], cwd=HERE, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_distributed_torchrun_trains_scores_and_resumes():
+    """Two processes write one run; its scores are one process's; an image without boxes stops nobody."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = coco_folder(Path(folder) / "boxes", photos=5)
+        file = where / "annotations" / "instances_train2017.json"
+        truth = json.loads(file.read_text())
+        truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] > 2]
+        file.write_text(json.dumps(truth))
+        out = folder + "/run"
+        code, said = torchrun(2, "--variant", "diffu_dino", "--data", str(where), "--backbone-weights", "none", "--steps",
+                              "2", "--out", out, *TINY_RUN, "--micro-batch", "1", "--dropout", "0.1")
+        assert code == 0 and said.count("done at step 2") == 1 and said.count("parameters,") == 1, said
+        assert run_quietly(["--resume", out, "--steps", "3"])[0] == 0                      # with one process
+        tests = [line for line in map(json.loads, open(out + "/log.jsonl")) if "AP" in line]
+        assert [line["step"] for line in tests] == [2, 3]
+        assert weights.read_checkpoint(out + "/last.pth")["step"] == 3
+        code, said = torchrun(2, "--batch-size", "3", "--out", folder + "/odd")
+        assert code == 1 and "choose a multiple" in said and "Traceback" not in said.split("torch/distributed")[0], said
 
 
 # ==================================================================================================== the runner
