@@ -208,6 +208,12 @@ def freeze(model, names):
     return frozen
 
 
+def compute_again(model):
+    """Let every transformer layer forget its activations, and compute them again in the backward pass (Chen 2016)."""
+    for layer in [*model.encoder, *model.decoder]:
+        layer.forward = partial(checkpointed, layer.forward, use_reentrant=False)
+
+
 # ============================================================================================================ the story
 
 def train(run, cfg, recipe, checkpoint=None):
@@ -252,8 +258,7 @@ def train(run, cfg, recipe, checkpoint=None):
         parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     average = AveragedModel(model, multi_avg_fn=warm_ema(recipe.ema), use_buffers=True) if recipe.ema else None
     if run["checkpoint_activations"]:
-        for layer in [*model.encoder, *model.decoder]:
-            layer.forward = partial(checkpointed, layer.forward, use_reentrant=False)
+        compute_again(model)
     criterion = Criterion(cfg)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=run["amp"] == "fp16")
