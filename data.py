@@ -16,10 +16,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import to_pil_image
+
+import toy
 
 # ImageNet's mean and deviation (R, G, B), with which the pretrained backbones were fed; [3,1,1]
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -49,11 +51,15 @@ def read_photo(path, size=None):
         raise DataError(f"{path}: cannot be read as a photo ({error}). Check the path; if the file is damaged or cut "
                         f"short, copy or download it again, or remove it from the data.") from None
 
-def to_tensor(image):
-    """PIL image, RGB -> normalised float32 [3,H,W]: torchvision's to_tensor and normalize to the last bit, but with the
-    bytes turned and made float in one pass and the rest in place, which takes a quarter of the time."""
-    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(MEAN).div_(STD)
+def to_bytes(image):
+    """PIL image, RGB -> uint8 [3,H,W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def normalised(image, out=None):
+    """uint8 [3,H,W] -> float32 [3,H,W] (written to `out`, a part of a batch): torchvision's to_tensor and normalize to the
+    last bit, but with the bytes turned and made float in one pass and the rest in place."""
+    out = torch.empty(image.shape) if out is None else out
+    return out.copy_(image).div_(255).sub_(MEAN).div_(STD)
 
 def to_pil(image):
     """Normalised float tensor [3,H,W] -> PIL image, for people to look at."""
@@ -66,7 +72,7 @@ class Photos(Dataset):
 
     def __getitem__(self, key):
         """[(i, seed)] augments with random.Random(seed) and nothing else; plain [i] is [(i, 0)].
-        Returns image float32 [3,H,W] normalised, and a dict: labels int64 [n]; boxes float32 [n,4] cx, cy, w, h in
+        Returns image uint8 [3,H,W], which `collate` normalises, and a dict: labels int64 [n]; boxes float32 [n,4] cx, cy, w, h in
         [0, 1] of this image; image_id int; orig_size and size int64 [2], (h, w) of the photo and of this image.
         A DataError is returned, not raised: raised in a worker it would end in a stack trace. `loader` raises it."""
         index, seed = key if isinstance(key, tuple) else (key, 0)
@@ -78,8 +84,8 @@ class Photos(Dataset):
         if self.transform:
             image, boxes, labels = self.transform(image, boxes, labels, random.Random(seed))
         boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh") / torch.tensor(image.size * 2)
-        return to_tensor(image), dict(labels=torch.from_numpy(labels), boxes=boxes, image_id=self.image_ids[index],
-                                      orig_size=orig_size, size=torch.tensor(image.size[::-1]))
+        return to_bytes(image), dict(labels=torch.from_numpy(labels), boxes=boxes, image_id=self.image_ids[index],
+                                     orig_size=orig_size, size=torch.tensor(image.size[::-1]))
 
 # ============================================================================================ transforms
 def resized(w, h, size, max_size=None):
@@ -174,10 +180,10 @@ class CocoFolder(Photos):
     All is kept in a few arrays. Lists of dicts would be copied into every forked worker page by page, because reading a
     Python object writes its reference count: with COCO's 118,287 photos, gigabytes per worker."""
     def __init__(self, root, split="train2017", transform=None, category_ids=None):
-        self.folder, self.transform = os.path.join(root, split), transform
+        self.root, self.transform, folder = root, transform, os.path.join(root, split)
         self.file = file = os.path.join(root, "annotations", f"instances_{split}.json")
-        if not os.path.isfile(file) or not os.path.isdir(self.folder):
-            what, is_coco = self.folder if os.path.isfile(file) else file, "coco" in os.path.abspath(root).lower()
+        if not os.path.isfile(file) or not os.path.isdir(folder):
+            what, is_coco = folder if os.path.isfile(file) else file, "coco" in os.path.abspath(root).lower()
             raise DataError(TREE.format(root=root, what=what) + DOWNLOAD * is_coco)
         coco = _load_json(file)
         self.category_ids, self.classes, label_of = _label_map(coco["categories"], category_ids, file)
@@ -186,15 +192,21 @@ class CocoFolder(Photos):
         images = {}  # id -> record
         for record in coco["images"]:
             key = _field(record, "id", int, f"{file}: an image")
+            if record.get("coco_url") and "file_name" not in record:  # LVIS, whose halves mix those of COCO
+                record["file_name"] = os.path.join(*record["coco_url"].split("/")[-2:])
             name = _field(record, "file_name", str, f"{file}: image {key}")
             if images.setdefault(key, record)["file_name"] != name:
                 raise DataError(f"{file}: image id {key} is {images[key]['file_name']} and {name}. Give each its own.")
         if not images:
             raise DataError(f"{file}: 'images' is empty: nothing to learn from or to test on. Add photos.")
-        self.image_ids, self.names = list(images), np.array([record["file_name"] for record in images.values()])
-        present = set(os.listdir(self.folder))  # one listing: a stat per photo takes minutes on a network disk
-        absent = [i for i, name in enumerate(self.names)  # (names with a subfolder are not in the listing)
-                  if name not in present and not os.path.exists(self.path(i))]
+        self.image_ids, names = list(images), [record["file_name"] for record in images.values()]
+        present = set(os.listdir(folder))  # one listing: a stat per photo takes minutes on a network disk
+        # Names with a subfolder are not in it: they count from the split's folder or (LVIS, V3Det) from the root.
+        nested = {name for name in names if name not in present and not os.path.exists(os.path.join(folder, name))
+                  and os.path.exists(os.path.join(root, name))}
+        self.names = np.array([name if name in nested else os.path.join(split, name) for name in names])
+        absent = [i for i, name in enumerate(names)
+                  if name not in present and name not in nested and not os.path.exists(self.path(i))]
         if absent:
             raise DataError(f"{self.path(absent[0])} (image id {self.image_ids[absent[0]]}) is missing, as are "
                             f"{len(absent) - 1} other photos. Add them, or remove them from {file}.")
@@ -235,7 +247,7 @@ class CocoFolder(Photos):
         self.summary = f"{len(images)} images, {len(order)} boxes, {len(known)} classes" + f" ({notes})" * bool(notes)
 
     def path(self, i):
-        return os.path.join(self.folder, self.names[i])
+        return os.path.join(self.root, self.names[i])
 
     def read(self, i):
         """PIL image, boxes float32 [n,4] xyxy pixels inside it, labels int64 [n]. Raises DataError."""
@@ -259,76 +271,32 @@ class CocoFolder(Photos):
         return coco | dict(info={}, images=images)
 
 # ============================================================================================ toy shapes
-def _outline(corners, start, radii=(1.0,)):
-    angle, radius = math.radians(start) + np.arange(corners) * 2 * math.pi / corners, np.resize(radii, corners)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)  # [corners, 2]
-
-OUTLINES = {"circle": _outline(48, 0), "square": _outline(4, 45), "triangle": _outline(3, -90),
-            "star": _outline(10, -90, (1.0, 0.45)), "ring": _outline(48, 0)}
-PALETTE = [(r, g, b) for r in (30, 128, 225) for g in (30, 128, 225) for b in (30, 128, 225)]
-
-def shape_mask(name, points):
-    """Coverage of the shape whose outline is points [k,2] in pixels: (PIL "L" mask, its (left, top) in the picture).
-    Drawn 4x as large, then averaged: PIL draws in whole pixels, and so the edges lie within an eighth of a pixel of
-    `points`, whose extremes are the box."""
-    low, high = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
-    mask, points = Image.new("L", tuple((4 * (high - low)).tolist())), (points - low) * 4
-    ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=255)
-    if name == "ring":
-        ImageDraw.Draw(mask).polygon((points * 0.55 + points.mean(0) * 0.45).ravel().tolist(), fill=0)
-    return mask.reduce(4), tuple(low.tolist())
-
 class ToyShapes(Photos):
     """`count` pictures, `size` pixels square, of 1 to 6 shapes of 5 classes; picture i depends on (seed, i) alone.
     Attributes, items and ground_truth() as in `CocoFolder`: what cannot learn this will not learn COCO either."""
     def __init__(self, count, size=128, seed=0, transform=None, category_ids=None):
         self.size, self.seed, self.transform, self.image_ids = size, seed, transform, list(range(1, count + 1))
-        self.categories = [dict(id=i, name=name) for i, name in enumerate(OUTLINES, 1)]
+        self.categories = [dict(id=i, name=name) for i, name in enumerate(toy.OUTLINES, 1)]
         self.category_ids, self.classes, self.label_of = _label_map(self.categories, category_ids, "toy shapes")
-        self.summary = f"{count} images of {size} pixels, drawn on the fly, {len(OUTLINES)} classes"
+        self.sizes, self.labels, self.offsets = np.full((count, 2), size), np.zeros(0, int), np.zeros(count + 1, int)
+        self.summary = f"{count} images of {size} pixels, drawn on the fly, {len(toy.OUTLINES)} classes"
 
     def scene(self, i):
-        """(random.Random to go on drawing with, list of (category, outline [k,2] px, box [x,y,w,h] px))."""
-        rng, shapes, hidden = random.Random(f"toy {self.seed} {i}"), [], []  # hidden: share of each box behind others
-        for _ in range(rng.randint(1, 6)):
-            category = rng.choice(self.categories)
-            for _ in range(20):  # tries to find a place; in a full picture this shape is left out
-                cos, sin = math.cos(turn := rng.uniform(-0.3, 0.3)), math.sin(turn)
-                points = OUTLINES[category["name"]] @ np.array([[cos, sin], [-sin, cos]])
-                points -= points.min(0)
-                points *= self.size * rng.uniform(0.12, 0.5) / points.max()  # the box's longer side
-                w, h = points.max(0).tolist()
-                x, y = rng.uniform(0, self.size - w), rng.uniform(0, self.size - h)
-                behind = [part + max(0, min(x + w, X + W) - max(x, X)) * max(0, min(y + h, Y + H) - max(y, Y)) / (W * H)
-                          for part, (_, _, (X, Y, W, H)) in zip(hidden, shapes)]
-                if max(behind, default=0) <= 0.3:  # of the box, which keeps about half of the shape in sight at worst
-                    shapes.append((category, points + [x, y], [x, y, w, h]))
-                    hidden = behind + [0]
-                    break
-        return rng, shapes
+        return toy.scene(f"toy {self.seed} {i}", self.size)
 
     def read(self, i):
         """PIL image, boxes float32 [n,4] xyxy pixels, labels int64 [n]; later shapes lie on top."""
         rng, shapes = self.scene(i)
-        # Two colours of a picture differ by at least 57 levels (97 - 2 * 20) in some channel, so that edges show.
-        ground, *colours = [tuple(level + rng.randint(-20, 20) for level in colour)
-                            for colour in rng.sample(PALETTE, len(shapes) + 1)]
-        part, across = rng.uniform(0, 1), np.linspace(-30, 30, self.size, dtype=np.float32)
-        ramp = part * across[:, None] + (1 - part) * across  # [size,size]: lighter to one side, and noise
-        noise = np.frombuffer(rng.randbytes(self.size ** 2 * 3), np.uint8).reshape(self.size, self.size, 3)
-        pixels = np.float32(ground) + ramp[..., None] + (noise * np.float32(0.12) - 15)
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        for (category, points, _), colour in zip(shapes, colours):
-            mask, corner = shape_mask(category["name"], points)
-            image.paste(colour, corner, mask)
-        labels = np.array([self.label_of[category["id"]] for category, _, _ in shapes])
-        return image, np.float32([[x, y, x + w, y + h] for _, _, (x, y, w, h) in shapes]), labels
+        labels = np.array([self.label_of[1 + list(toy.OUTLINES).index(name)] for name, _, _ in shapes])
+        boxes = np.float32([[x, y, x + w, y + h] for _, _, (x, y, w, h) in shapes])
+        return toy.picture(rng, shapes, self.size), boxes, labels
 
     def ground_truth(self):
         images = [dict(id=key, width=self.size, height=self.size) for key in self.image_ids]
+        number = {category["name"]: category["id"] for category in self.categories}
         boxes = [(key, *shape) for i, key in enumerate(self.image_ids) for shape in self.scene(i)[1]]
-        annotations = [dict(id=n, image_id=key, category_id=category["id"], bbox=[x, y, w, h], area=w * h, iscrowd=0)
-                       for n, (key, category, _, (x, y, w, h)) in enumerate(boxes, 1)]
+        annotations = [dict(id=n, image_id=key, category_id=number[name], bbox=[x, y, w, h], area=w * h, iscrowd=0)
+                       for n, (key, name, _, (x, y, w, h)) in enumerate(boxes, 1)]
         return dict(info={}, images=images, annotations=annotations, categories=self.categories)
 
 def open_data(data, data_root=None, split="train", transform=None, category_ids=None, image_size=128, toy_count=None):
@@ -350,39 +318,21 @@ def open_data(data, data_root=None, split="train", transform=None, category_ids=
     return CocoFolder(data, f"{split}2017", transform, category_ids)
 
 # ============================================================================================ batches
-class BatchOrder:
-    """The order of one training epoch, a batch_sampler for DataLoader: yields lists of (index, sample seed).
-    A fresh permutation from (seed, epoch). A last, smaller batch is left out, but fewer photos than batch_size are
-    repeated to fill one. A sample's seed depends on (seed, epoch, place in the order) alone: a run that resumes after
-    `start` batches sees what it would have seen."""
-    def __init__(self, n, batch_size, seed, epoch, start=0):
-        self.n, self.batch_size, self.seed, self.epoch, self.start = n, batch_size, seed, epoch, start
-
-    def __len__(self):
-        return max(0, max(1, self.n // self.batch_size) - self.start)
-
-    def __iter__(self):
-        order = list(range(self.n))
-        random.Random(f"order {self.seed} {self.epoch}").shuffle(order)
-        for batch in range(self.start, self.start + len(self)):
-            yield [(order[place % self.n], random.Random(f"sample {self.seed} {self.epoch} {place}").getrandbits(32))
-                   for place in range(batch * self.batch_size, (batch + 1) * self.batch_size)]
-
 def collate(batch):
-    """List of samples -> images [B,3,H,W], mask [B,H,W] bool (True = padding), targets. A DataError among them: that.
-    Padding lies right and bottom and is zero after normalisation, that is, of the mean colour."""
+    """List of samples -> images float32 [B,3,H,W] normalised, mask [B,H,W] bool (True = padding), targets. A DataError
+    among them: that. Padding lies right and bottom and is zero after normalisation, that is, of the mean colour."""
     for error in batch:
         if isinstance(error, DataError):
             return error
     h, w = (max(image.shape[side] for image, _ in batch) for side in (1, 2))
     images, mask = torch.zeros(len(batch), 3, h, w), torch.ones(len(batch), h, w, dtype=torch.bool)
     for i, (image, _) in enumerate(batch):
-        images[i, :, :image.shape[1], :image.shape[2]] = image
+        normalised(image, images[i, :, :image.shape[1], :image.shape[2]])
         mask[i, :image.shape[1], :image.shape[2]] = False
     return images, mask, [target for _, target in batch]
 
 def loader(dataset, batches, workers=0, device="cpu"):
-    """Iterate over (images, mask, targets) on the CPU, in pinned memory if `device` is a GPU. batches: a BatchOrder, or
+    """Iterate over (images, mask, targets) on the CPU, in pinned memory if `device` is a GPU. batches: of order.py, or
     for evaluation lists of plain indices. Raises DataError for a photo that cannot be used and a worker that died."""
     try:
         watched = workers and hasattr(signal, "SIGCHLD")  # (not on Windows)

@@ -161,7 +161,7 @@ def predict(model, meta, paths, score=0.5, transform=None, folder=None):
             result["error"] = str(error)
             continue
         image, _, _ = transform(photo, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None)
-        found = detect(model, data.to_tensor(image), photo.size, score)
+        found = detect(model, data.normalised(data.to_bytes(image)), photo.size, score)
         result["detections"] = [
             dict(label=classes[c], category_id=meta["category_ids"][c], score=s, bbox=[x0, y0, x1 - x0, y1 - y0])
             for s, c, (x0, y0, x1, y1) in zip(*found.values())]

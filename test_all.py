@@ -51,10 +51,12 @@ import matcher
 import msda
 import pictures
 import scores
+import toy
 import train
 import variants
 import weights
 from model import build_model
+from order import BatchOrder, repeat_factors
 from msda_cuda import cpu
 
 HERE = Path(__file__).parent
@@ -1332,7 +1334,7 @@ def test_data_photo_bad():
 
 def test_data_normalise_and_back():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8))
-    tensor = data.to_tensor(image)
+    tensor = data.normalised(data.to_bytes(image))
     theirs = TF.normalize(TF.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert torch.equal(tensor, theirs) and tensor.is_contiguous()
     assert np.array_equal(np.asarray(data.to_pil(tensor)), np.asarray(image))
@@ -1476,7 +1478,7 @@ def test_data_coco_items():
         assert folder.summary == ("4 images, 5 boxes, 2 classes (3 boxes of no area dropped, 2 boxes clipped to the "
                                   "photo, 1 crowds left out)"), folder.summary
         image, target = folder[1]
-        assert image.shape == (3, 40, 60) and image.dtype == torch.float32
+        assert image.shape == (3, 40, 60) and image.dtype == torch.uint8
         pixels = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([60., 40., 60., 40.])
         assert torch.allclose(pixels, torch.tensor([[10., 10, 30, 20], [50, 30, 60, 40], [0, 5, 5, 15]]), atol=1e-4)
         assert target["labels"].tolist() == [0, 0, 0] and target["labels"].dtype == torch.int64
@@ -1630,7 +1632,7 @@ def test_data_repeatable():
     assert torch.equal(first[0], again[0]) and torch.equal(first[1]["boxes"], again[1]["boxes"])
     assert len({toys[3, seed][0].shape for seed in range(20)}) > 3, "seeds do not matter"
     assert torch.equal(toys[3][0], toys[3, 0][0])
-    order = data.BatchOrder(12, 4, seed=0, epoch=2)
+    order = BatchOrder(12, 4, seed=0, epoch=2)
     alone, helped = (list(data.loader(toys, order, workers)) for workers in (0, 2))
     assert len(alone) == len(helped) == 3
     for (a, am, at), (b, bm, bt) in zip(alone, helped):
@@ -1650,10 +1652,10 @@ def test_data_toy_boxes_are_tight():
         sides += (boxes[:, 2:] - boxes[:, :2]).max(1).tolist()
         seen = np.zeros((128, 128), int)
         areas = []
-        for number, ((category, points, _), box, label) in enumerate(zip(shapes, boxes, labels), 1):
-            assert toys.classes[label] == category["name"]
-            classes.add(category["name"])
-            mask, corner = data.shape_mask(category["name"], points)
+        for number, ((name, points, _), box, label) in enumerate(zip(shapes, boxes, labels), 1):
+            assert toys.classes[label] == name
+            classes.add(name)
+            mask, corner = toy.shape_mask(name, points)
             canvas = Image.new("L", (128, 128))
             canvas.paste(mask, corner)
             cover = np.asarray(canvas) / 255
@@ -1661,7 +1663,7 @@ def test_data_toy_boxes_are_tight():
             for axis in (0, 1):
                 assert outer[axis][0] >= np.floor(box[axis]) and outer[axis][-1] + 1 <= np.ceil(box[axis + 2])
                 assert outer[axis][0] <= box[axis] + 1.01 and outer[axis][-1] + 1 >= box[axis + 2] - 1.01
-            if category["name"] in ("circle", "square"):
+            if name in ("circle", "square"):
                 centre = [np.average(np.arange(128) + 0.5, weights=cover.sum(axis)) for axis in (0, 1)]
                 shifts.append(centre - (box[:2] + box[2:]) / 2)
             seen[cover >= 0.5] = number
@@ -1689,35 +1691,78 @@ def test_data_toy_deterministic():
 # ---- batches
 
 def test_data_order():
-    order = data.BatchOrder(10, 3, seed=5, epoch=1)
+    order = BatchOrder(10, 3, seed=5, epoch=1)
     batches = list(order)
     assert len(order) == len(batches) == 3 and all(len(batch) == 3 for batch in batches)
     indices = [index for batch in batches for index, _ in batch]
     assert len(set(indices)) == 9 and set(indices) < set(range(10))
     assert len({seed for batch in batches for _, seed in batch}) == 9
-    assert batches == list(data.BatchOrder(10, 3, 5, 1)), "not repeatable"
+    assert batches == list(BatchOrder(10, 3, 5, 1)), "not repeatable"
     for start in range(5):
-        rest = data.BatchOrder(10, 3, 5, 1, start=start)
+        rest = BatchOrder(10, 3, 5, 1, start=start)
         assert list(rest) == batches[start:] and len(rest) == len(batches[start:])
-    later = [seed for batch in data.BatchOrder(10, 3, 5, 2) for _, seed in batch]
+    later = [seed for batch in BatchOrder(10, 3, 5, 2) for _, seed in batch]
     assert not set(later) & {seed for batch in batches for _, seed in batch}, "every epoch augments alike"
-    assert list(data.BatchOrder(10, 3, 5, 2)) != batches != list(data.BatchOrder(10, 3, 6, 1))
-    (few,) = data.BatchOrder(8, 16, 0, 0)
+    assert list(BatchOrder(10, 3, 5, 2)) != batches != list(BatchOrder(10, 3, 6, 1))
+    (few,) = BatchOrder(8, 16, 0, 0)
     assert len(few) == 16 and sorted(index for index, _ in few) == sorted(list(range(8)) * 2)
     assert len({seed for _, seed in few}) == 16
-    assert {index for batch in data.BatchOrder(6, 3, 0, 0) for index, _ in batch} == set(range(6))
+    assert {index for batch in BatchOrder(6, 3, 0, 0) for index, _ in batch} == set(range(6))
 
 
 def test_data_collate():
-    samples = [(torch.full((3, h, w), float(v)), dict(image_id=v)) for v, (h, w) in enumerate([(4, 7), (6, 5)], 1)]
+    samples = [(torch.full((3, h, w), v, dtype=torch.uint8), dict(image_id=v)) for v, (h, w) in enumerate([(4, 7), (6, 5)], 1)]
     images, mask, targets = data.collate(samples)
     assert images.shape == (2, 3, 6, 7) and mask.shape == (2, 6, 7) and mask.dtype == torch.bool
     assert [t["image_id"] for t in targets] == [1, 2]
     for image, blank, v, (h, w) in zip(images, mask, (1, 2), [(4, 7), (6, 5)]):
-        assert (image[:, :h, :w] == v).all() and not blank[:h, :w].any()
-        assert image.sum() == 3 * h * w * v and (~blank).sum() == h * w, "padding is not right and bottom"
+        assert torch.equal(image[:, :h, :w], ((v / 255 - data.MEAN) / data.STD).expand(3, h, w)) and not blank[:h, :w].any()
+        assert image[:, blank].eq(0).all() and (~blank).sum() == h * w, "padding is not right and bottom"
     error = data.DataError("broken")
     assert data.collate([samples[0], error]) is error
+
+
+def test_data_order_by_shape_and_by_rarity():
+    """Buckets: the same photos, neighbours alike. Repeat factors: by hand; every epoch has as many as they say."""
+    shapes = np.random.default_rng(0).permutation(np.arange(43) / 20)
+    plain, sorted_ = (list(BatchOrder(43, 4, 0, 1, shapes=shapes, buckets=b)) for b in (0, 5))
+    chosen = [[index for index, _ in batch] for batch in sorted_]
+    assert sorted(i for b in chosen[:5] for i in b) == sorted(i for batch in plain[:5] for i, _ in batch)
+    spread = [np.mean([np.ptp(shapes[[i for i, _ in batch]]) for batch in order]) for order in (plain, sorted_)]
+    assert spread[1] < spread[0] / 2 and len(sorted_) == 10 and len({i for b in chosen for i in b}) == 40
+    assert sorted_[3:] == list(BatchOrder(43, 4, 0, 1, start=3, shapes=shapes, buckets=5))
+    # Ten photos: class 0 in all, class 1 in the last alone, whose factor is sqrt(0.4 / 0.1) = 2.
+    few = data.ToyShapes(10)
+    few.offsets, few.labels = np.array([*range(10), 11]), np.array([0] * 10 + [1])
+    factors = repeat_factors(few, 0.4)
+    assert factors.tolist() == [1] * 9 + [2]
+    factors[0] = 1.5
+    seen = collections.Counter(index for epoch in range(400) for batch in BatchOrder(10, 1, 0, epoch, factors=factors)
+                               for index, _ in batch)
+    assert sum(seen.values()) == 400 * round(factors.sum()) and set(seen) == set(range(10))
+    assert all(abs(seen[i] / 400 / (factors[i] * 12 / 11.5) - 1) < 0.06 for i in range(10)), seen
+
+
+def test_data_lvis_and_v3det_paths():
+    """A path from coco_url, of either half of COCO, and nested names below the split's folder or the root."""
+    def edit(coco, folder):
+        for nested in (os.path.join(folder, "a", "b"), os.path.join(folder, "..", "images", "n1"),
+                       os.path.join(folder, "..", "val2017")):
+            os.makedirs(nested)
+        os.rename(os.path.join(folder, "1.png"), os.path.join(folder, "..", "val2017", "1.png"))
+        os.rename(os.path.join(folder, "2.png"), os.path.join(folder, "a", "b", "2.png"))
+        os.rename(os.path.join(folder, "3.png"), os.path.join(folder, "..", "images", "n1", "3.png"))
+        for i, name in ((0, "train2017/0.png"), (1, "val2017/1.png")):
+            del coco["images"][i]["file_name"]
+            coco["images"][i]["coco_url"] = f"http://images.cocodataset.org/{name}"
+        coco["images"][2]["file_name"], coco["images"][3]["file_name"] = "a/b/2.png", "images/n1/3.png"
+
+    with _coco_folder(4, edit=edit) as root:
+        folder = data.CocoFolder(root)
+        assert [folder[i][0][0, 0, 0].item() for i in range(4)] == [0, 40, 80, 120]
+        assert folder.ground_truth()["images"][1]["id"] == 11
+        os.remove(folder.path(3))
+        _refused(lambda: data.CocoFolder(root), "3.png", "missing")
 
 
 class _Killed(torch.utils.data.Dataset):
@@ -1829,7 +1874,7 @@ class _Oracle(nn.Module):
             boxes[:n] = target["boxes"][:n]
             if cfg.class_loss == "ce":
                 logits[n:, -1] = 10.0
-            self.answers[self.key(image)] = logits, boxes
+            self.answers[self.key(data.normalised(image))] = logits, boxes
 
     @staticmethod
     def key(image):

@@ -35,6 +35,7 @@ import variants
 import weights
 from matcher import Criterion
 from model import Detector
+from order import BatchOrder, repeat_factors
 from variants import Config, ConfigError, Recipe
 
 # May change when a run is resumed; everything else is what the run is.
@@ -265,7 +266,11 @@ def train(run, cfg, recipe, checkpoint=None):
     rates = [g["lr"] for g in optimizer.param_groups]
 
     # Where we are.
-    per_epoch = len(data.BatchOrder(count, recipe.batch_size, run["seed"], 0))
+    shapes = train_set.sizes[:, 0] / train_set.sizes[:, 1]
+    factors = repeat_factors(train_set, recipe.repeat_rare)[:count] if recipe.repeat_rare else None
+    order_of = partial(BatchOrder, count, recipe.batch_size, run["seed"], factors=factors, shapes=shapes,
+                       buckets=recipe.buckets)
+    per_epoch = len(order_of(0))
     total = recipe.steps or recipe.epochs * per_epoch
     step, best, tested, saved = 0, -1.0, 0, time.time()
     out = Path(run["out"])
@@ -333,12 +338,11 @@ def train(run, cfg, recipe, checkpoint=None):
     metrics = test() if due() else {}                                   # a run that died in its evaluation catches up
     while step < total:
         epoch, clock, seen = step // per_epoch, time.time(), 0
-        order = data.BatchOrder(count, recipe.batch_size, run["seed"], epoch, start=step % per_epoch)
         model.train()
         for part in frozen:
             part.eval()
         lap("between epochs")
-        for batch in photos(order):
+        for batch in photos(order_of(epoch, start=step % per_epoch)):
             lap("data")
             # Noise and dropout of a step come from its number and the process's: a resumed run draws what it would have.
             torch.manual_seed(random.Random(f"noise {run['seed']} {step} {distributed.rank()}").getrandbits(63))
