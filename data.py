@@ -252,11 +252,16 @@ class CocoFolder(Photos):
     def read(self, i):
         """PIL image, boxes float32 [n,4] xyxy pixels inside it, labels int64 [n]. Raises DataError."""
         w, h = self.sizes[i].tolist()
-        image, span = read_photo(self.path(i), (w, h)), slice(self.offsets[i], self.offsets[i + 1])
+        image = read_photo(self.path(i), (w, h))
         if image.size != (w, h):
             raise DataError(f"{self.path(i)}: the photo is {image.width}x{image.height}, but its boxes are for {w}x{h} "
                             f"(image {self.image_ids[i]} in {self.file}). Restore the photo or correct the file.")
-        return image, self.boxes[span].copy(), self.labels[span].copy()
+        return image, *self.annotations(i)
+
+    def annotations(self, i):
+        """Boxes [n,4] and labels [n] of a photo, as copies."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.boxes[span].copy(), self.labels[span].copy()
 
     def ground_truth(self):
         """The file as pycocotools wants it, with crowds and boxes of no area, since published numbers count them. It is

@@ -2,6 +2,7 @@
 
     python eval.py --weights best.pth --data coco --data-root ...      COCO's twelve numbers, and results.json
     python eval.py --weights best.pth --images cat.jpg holiday/        pictures with boxes, and predictions.json
+    python eval.py --compare out/detr-toy out/dino-toy                 runs' curves together, also while they train
 
 In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR, Deformable DETR and DiffuDETR),
 `evaluate` (COCO metrics), `predict` (any photos), `picture_grid` (truth beside predictions), command line.
@@ -192,15 +193,17 @@ def picture_grid(model, dataset, path, count=8, score=0.5):
 def main(argv=None):
     """The command line; see --help. Exits with 2 on wrong input, with 1 if a photo could not be read."""
     parser = argparse.ArgumentParser(description="Score a checkpoint on a data set, or find objects in photos.")
-    parser.add_argument("--weights", required=True, type=Path, help="a checkpoint: of train.py, or a published one")
+    parser.add_argument("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
     parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's)")
     parser.add_argument("--evaluations", type=int, metavar="S", help="decoder evaluations of a diffusion model")
-    parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights)")
+    parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights); or "
+                        "--compare's picture (default: compare.png)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO layout")
     what.add_argument("--images", nargs="+", help="find objects in photos, or in folders of photos")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs' folders together")
     parser.add_argument("--score", type=float, default=0.5, help="--images: leave out detections below this")
     parser.add_argument("--data-root", help="--data coco: where it lies")
     parser.add_argument("--batch-size", type=int, default=4, help="--data: images at a time")
@@ -211,7 +214,10 @@ def main(argv=None):
                         ("workers", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if bool(args.weights) == bool(args.compare):
+        parser.error("--compare needs no --weights" if args.compare else "--weights is missing: which checkpoint?")
     try:
+        distributed.start()
         sys.exit(1 if run(args, parser) else 0)
     except (data.DataError, weights.WeightsError, variants.ConfigError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
@@ -219,12 +225,16 @@ def main(argv=None):
 
 def run(args, parser):
     """Do what the command line asks for -> how many photos could not be read."""
+    if args.compare:
+        print(*pictures.compare_runs(args.compare, out := args.out or Path("compare.png")), f"curves in {out}", sep="\n")
+        return 0
     model, meta = weights.load_checkpoint(args.weights)
     if args.evaluations:
         if model.cfg.queries != "noise":
             parser.error(f"--evaluations is for diffusion models, and {args.weights} holds {meta['variant']}")
         model.cfg = model.cfg.but(evaluations=args.evaluations)
-    model.to(device_named(args.device))
+    args.device = device_named(distributed.own_device(args.device))
+    model.to(args.device)
     size = args.image_size or meta["recipe"]["image_size"]
     longest = round(size * meta["recipe"]["max_size"] / meta["recipe"]["image_size"])
     transform = data.eval_transform(size, args.max_size or longest)
@@ -235,6 +245,8 @@ def run(args, parser):
         out = out if out.suffix == ".json" else out / (f"results-{args.limit}.json" if args.limit else "results.json")
         out.parent.mkdir(parents=True, exist_ok=True)    # before the long run, not after it
         _, detections = evaluate(model, dataset, args.batch_size, args.device, args.workers, args.limit, table=True)
+        if distributed.rank():
+            return 0
         out.write_text(json.dumps(detections))
         part = f"on the first {args.limit} of " if args.limit and args.limit < len(dataset) else ""
         print(f"{meta['variant']}, {args.data}, {part}{len(dataset)} images: {len(detections)} detections in {out}")

@@ -2066,6 +2066,32 @@ def test_eval_plot_curves():
 
 # ----------------------------------------------------------------------------------------------------- command line
 
+def test_eval_compare_finds_the_crossings():
+    """Two runs with known curves: where one passes the other's floor, that the other never does, and a picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, floor in (("detr", 0.5), ("dn", 0.1)):
+            os.makedirs(f"{folder}/{name}")
+            with open(f"{folder}/{name}/log.jsonl", "w") as log:
+                for step in range(10, 210, 10):
+                    log.write(json.dumps(dict(step=step, loss_class=floor + 100 / step ** 2)) + "\n")
+                log.write(json.dumps(dict(step=200, AP=0.3)) + "\n" + '{"step": 210, "lo')
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            try:
+                evaluation.main(["--compare", f"{folder}/detr", f"{folder}/dn", "--out", f"{folder}/both.png"])
+            except SystemExit as stop:
+                assert stop.code == 0
+        lines = out.getvalue().splitlines()                       # 100 / step^2 < 0.4025 from step 16 on: logged at 20
+        assert lines[0] == "detr never passes the class loss floor of dn (0.1025)" and lines[1].endswith("at step 20"), lines
+        with Image.open(f"{folder}/both.png") as picture:
+            assert picture.width > 1000
+        for wrong, word in (["--compare", folder], "log.jsonl"), (["--compare", folder, "--weights", "x"], "needs no"), \
+                (["--data", "toy"], "--weights is missing"):
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+                evaluation.main(wrong)
+            assert word in said.getvalue() and "Traceback" not in said.getvalue()
+
+
 def test_eval_predict():
     dataset = _toy(3)
     model, meta = _Oracle(dataset), _meta(dataset)
