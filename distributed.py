@@ -29,6 +29,11 @@ def stop():
         dist.destroy_process_group()
 
 
+def left_alone(error):
+    """Whether an error only says that another process is gone, which has said why, or was killed."""
+    return world() > 1 and any(word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe"))
+
+
 def rank():
     """This process's number; 0 writes files and speaks to people."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -40,10 +45,19 @@ def world():
 
 
 def own_device(name):
-    """This process's device: "cuda" is the GPU of its number on its machine. Raises ConfigError for "cuda:1" of many."""
+    """torch.device of a command line's --device; of several processes each gets the GPU of its number on its machine.
+
+    Raises ConfigError where there is none of that name, and where several processes are to share "cuda:1".
+    """
     if world() > 1 and name.startswith("cuda:"):
         raise ConfigError(f"--device {name} is one GPU, and torchrun started {world()} processes: write --device cuda")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if world() > 1 and name == "cuda" else name
+    if world() > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]}); leave --device "
+                          "away, or install a torch build that fits your driver") from None
 
 
 def everyone(numbers):

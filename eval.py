@@ -125,15 +125,6 @@ def same_names(dataset, classes, source):
                                  "weights with the same categories (predicting with --images needs no categories)")
 
 
-def device_named(name):
-    """torch.device of a command line's --device. Raises ConfigError where there is none of that name."""
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise variants.ConfigError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]}); leave "
-                                   "--device away, or install a torch build that fits your driver") from None
-
-
 # ================================================================================================ photos and pictures
 
 def detect(model, image, size, score):
@@ -233,7 +224,7 @@ def run(args, parser):
         if model.cfg.queries != "noise":
             parser.error(f"--evaluations is for diffusion models, and {args.weights} holds {meta['variant']}")
         model.cfg = model.cfg.but(evaluations=args.evaluations)
-    args.device = device_named(distributed.own_device(args.device))
+    args.device = distributed.own_device(args.device)
     model.to(args.device)
     size = args.image_size or meta["recipe"]["image_size"]
     longest = round(size * meta["recipe"]["max_size"] / meta["recipe"]["image_size"])

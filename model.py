@@ -14,6 +14,7 @@ One class, `Detector`, is the whole family; a field of `Config` (variants.py) sw
 Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes, d channels, M heads, D channels a head.
 """
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,16 @@ class MLP(nn.Sequential):
 
 # ============================================================================================================= backbone
 
+def folded(conv, norm, x):
+    """A convolution with the frozen batch norm after it: a scale and a shift per channel, which its weights can take."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale)
+
+
+def unchanged(x):
+    return x
+
+
 def build_backbone(cfg):
     """torchvision's ResNet up to the last stage, giving the stages that the neck reads, and their channels.
 
@@ -75,6 +86,11 @@ def build_backbone(cfg):
     if cfg.backbone_norm == "frozen":                                     # the published models never train the stem
         for p in [*body.conv1.parameters(), *body.layer1.parameters()]:
             p.requires_grad_(False)
+        modules = dict(body.named_modules())
+        for name, norm in modules.items():
+            if isinstance(norm, FrozenBatchNorm2d):              # bn1 follows conv1, downsample.1 follows downsample.0
+                conv = modules[name.replace("bn", "conv") if "bn" in name else name[:-1] + "0"]
+                conv.forward, norm.forward = partial(folded, conv, norm), unchanged
     return IntermediateLayerGetter(body, {s: str(i) for i, s in enumerate(stages)}), channels
 
 

@@ -144,7 +144,7 @@ def check(run, recipe):
     if recipe.batch_size % distributed.world():
         raise ConfigError(f"--batch-size {recipe.batch_size} is of all processes together, and {distributed.world()} cannot "
                           "share it: choose a multiple")
-    evaluation.device_named(distributed.own_device(run["device"]))
+    distributed.own_device(run["device"])
 
 
 def resumed(given):
@@ -220,7 +220,7 @@ def compute_again(model):
 def train(run, cfg, recipe, checkpoint=None):
     """Train from `checkpoint` (None: from the start) to the end, or until interrupted; returns the last metrics."""
     torch.manual_seed(run["seed"])
-    device, first = torch.device(distributed.own_device(run["device"])), distributed.rank() == 0
+    device, first = distributed.own_device(run["device"]), distributed.rank() == 0
     autocast = partial(torch.autocast, device.type, AMP[run["amp"]], enabled=run["amp"] != "none")
 
     # Data. Labels count the data's categories; a checkpoint's own label map is kept where it knows all of them.
@@ -337,11 +337,12 @@ def train(run, cfg, recipe, checkpoint=None):
     seconds, lap = distributed.stopwatch()
     metrics = test() if due() else {}                                   # a run that died in its evaluation catches up
     while step < total:
-        epoch, clock, seen = step // per_epoch, time.time(), 0
+        epoch, begun = step // per_epoch, step
         model.train()
         for part in frozen:
             part.eval()
         lap("between epochs")
+        seconds.clear()
         for batch in photos(order_of(epoch, start=step % per_epoch)):
             lap("data")
             # Noise and dropout of a step come from its number and the process's: a resumed run draws what it would have.
@@ -368,21 +369,20 @@ def train(run, cfg, recipe, checkpoint=None):
                 average.update_parameters(model)
             lap("update")
             step += 1
-            seen += recipe.batch_size
             bar.update()
             if step % 10 == 0 or step == total:
-                losses, speed = distributed.sums(losses), seen / (time.time() - clock)
+                losses, steps = distributed.sums(losses), step - begun
+                speed = recipe.batch_size * steps / sum(seconds.values())
                 lr = max(g["lr"] for g in optimizer.param_groups)
                 bar.set_postfix_str(f"loss {losses['total']:.3f} lr {lr:.1e} {speed:.1f} images/s")
                 if first and bar.disable and step % 50 == 0:                                 # not a terminal
                     print(f"step {step}/{total}: loss {losses['total']:.3f}, {speed:.1f} images/s", flush=True)
                 line = {"step": step, "epoch": epoch, "lr": lr, "loss": losses.pop("total"), **losses,
                         "grad_norm": float(norm), "images_per_s": speed, "memory_mb": distributed.memory(device)}
-                steps = seen // recipe.batch_size
                 line |= {f"seconds_{name}": spent / steps for name, spent in seconds.items()}
                 if first:
                     log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
-                clock, seen = time.time(), 0
+                begun = step
                 seconds.clear()
             if interrupted():
                 save("last.pth")
@@ -491,6 +491,11 @@ def main(argv=None):
     except (ConfigError, data.DataError, weights.WeightsError, FloatingPointError, OSError) as error:
         process = f" (process {distributed.rank()})" if distributed.rank() else ""
         print(f"error{process}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not distributed.left_alone(error):
+            raise
+        print(f"process {distributed.rank()}: another process of this run has ended, see what it says", file=sys.stderr)
         return 2
 
 
