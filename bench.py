@@ -8,6 +8,8 @@
     python bench.py score         5,000 images x 300 detections, beside pycocotools
     python bench.py kill          a run killed at 20 random moments and resumed, beside one that was left alone
     python bench.py soak          the memory of a run of 2,000 steps
+    python bench.py flops         DiffuDETR's operations and time by decoder evaluations, with and without reused values
+    python bench.py ablate        DiffuDETR's ablations at the small size, beside the paper's; stop and restart it at will
 """
 import argparse
 import contextlib
@@ -22,21 +24,26 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
 import data
+import eval as evaluation
 import matcher
 import msda
+import options
 import scores
 import toy
 import train
+import variants
 import weights
-from model import build_model
+from model import Detector, build_model
 from msda_cuda import cpu
 from order import BatchOrder
 
@@ -310,11 +317,12 @@ def private_memory(pid):
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
 
 
-def bench_data(runs):
+def bench_data(runs, photos):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as root:
-        make_photos(root, 40, 300)
-        dataset = data.CocoFolder(root, transform=data.train_transform())
+        if photos == "toy":
+            make_photos(root, 40, 300)
+        dataset = data.CocoFolder(root if photos == "toy" else photos, transform=data.train_transform())
         order = list(BatchOrder(40, 2, 0, 0))
         same = max((recipes_batch(dataset, keys)[0] - data.collate([dataset[k] for k in keys])[0]).abs().max().item()
                    for keys in order[:5])
@@ -340,9 +348,9 @@ def bench_data(runs):
         dataset = data.CocoFolder(root)
         print(f"{dataset.summary}: loaded in {time.time() - started:.1f} s, {private_memory(os.getpid()) - before:.0f} MB more "
               f"in the process, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - peak:.0f} MB more", flush=True)
-        feed = data.loader(dataset, BatchOrder(len(dataset), 64, 0, 0), workers=8)
-        early = None
-        for n, _ in enumerate(feed):
+        blank, early = Image.new("RGB", (64, 48)), None
+        data.read_photo = lambda path, size: blank                 # what is measured is the annotations, not the photos
+        for n, _ in enumerate(data.loader(dataset, BatchOrder(len(dataset), 64, 0, 0), workers=8)):
             if n in (100, len(dataset) // 64 - 30):
                 workers = [child.pid for child in multiprocessing.active_children()]
                 now = [private_memory(pid) for pid in workers]
@@ -440,7 +448,7 @@ def bench_kill(kills, steps):
                             for k, x in state.items())
         print(f"{kills} kills in a run of {steps} steps, at steps {', '.join(map(str, done))}: weights, average and optimizer "
               + ("equal the uninterrupted run's bit for bit" if same else "DIFFER from the uninterrupted run's"))
-        return same
+        return not same
 
 
 def bench_soak(steps):
@@ -452,29 +460,148 @@ def bench_soak(steps):
         peak = {line["step"]: line["memory_mb"] for line in lines if "memory_mb" in line}
         print("peak memory of the process, MB: " + ", ".join(
             f"{peak[s]:.0f} after {s} steps" for s in (10, steps // 10, steps // 2, steps)))
+# ===================================================================================== what an evaluation costs (DiffuDETR)
+
+class Unreused(Detector):
+    """The decoder as published: every evaluation projects the memory anew in every layer."""
+
+    def project_values(self, memory):
+        return None
+
+    def decode(self, memory, values, *args, **kwargs):
+        return super().decode(memory, super().project_values(memory), *args, **kwargs)
+
+
+def bench_flops(runs, variant, height, width):
+    """Multiply-adds (as published counts have them) and seconds at S = 1, 3, 5, 10, with equal outputs."""
+    torch.manual_seed(0)
+    cfg = variants.variant(variant, num_classes=80)
+    reused, unreused = (kind(cfg).eval() for kind in (Detector, Unreused))
+    unreused.load_state_dict(reused.state_dict())
+    image, mask = torch.randn(1, 3, height, width), torch.zeros(1, height, width, dtype=torch.bool)
+    sampled = 0
+
+    def count_attention(module, inputs, output):               # grid_sample and our kernels are not in torch's table
+        nonlocal sampled
+        query, _, value, _ = inputs                            # per point and channel: 4 corners and the point's weight
+        sampled += query.shape[0] * query.shape[1] * module.levels * module.points * value.shape[2] * value.shape[3] * 5
+
+    def operations(model):
+        nonlocal sampled
+        sampled = 0
+        hooks = [m.register_forward_hook(count_attention) for m in model.modules() if isinstance(m, msda.MSDeformAttn)]
+        with FlopCounterMode(display=False) as counter:
+            outputs = model(image, mask)
+        for hook in hooks:
+            hook.remove()
+        return outputs, counter.get_total_flops() / 2 + sampled
+
+    print(f"{variant}, {cfg.num_queries} queries, {height} x {width}, batch 1, float32; {platform.machine()}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}; seconds: median of {runs}")
+    first = {}
+    with torch.no_grad():
+        for S in (1, 3, 5, 10):
+            for model in (reused, unreused):
+                model.cfg = cfg.but(evaluations=S)
+            (a, with_reuse), (b, without) = operations(reused), operations(unreused)
+            assert all(torch.equal(a[key], b[key]) for key in ("logits", "boxes"))
+            seconds = alternate({"with": lambda: reused(image, mask), "without": lambda: unreused(image, mask)}, runs)
+            for name, work in (("without", without), ("with", with_reuse)):
+                first.setdefault(name, work)
+                step = "" if S == 1 else f"   +{(work - first[name]) / (S - 1) / first[name]:.2%} an evaluation"
+                print(f"S = {S:2}, {name:7} reuse: {work / 1e9:7.1f} G multiply-adds, "
+                      f"{statistics.median(seconds[name]):6.2f} s{step}", flush=True)
+
+
+# =================================================================================================== the paper's ablations
+
+# The paper's AP of every choice (DiffuDINO, COCO); None where it gives none. The first of each axis is the default.
+ABLATIONS = {
+    "noise": {"gaussian": 51.9, "sigmoid_gaussian": 50.4, "beta": 49.5},
+    "schedule": {"cosine": 51.9, "linear": 51.6, "sqrt": 51.4},
+    "content": {"learned": None, "memory": None},
+    "time": {"add": None, "scale_shift": None},
+    "evaluations": {3: 51.9, 1: 51.6, 5: 51.8, 10: 51.4},
+    "sampler": {"ddim": None, "published": None},
+    "eta": {0.0: None, 1.0: None},
+    "renewal": {True: None, False: None},
+    "survivors": {1.0: None, 0.5: None, 0.25: None},
+}
+SAMPLING = ("evaluations", "sampler", "eta", "renewal", "survivors")              # need no training of their own
+
+
+def bench_ablate(pictures, seeds, dataset, amp, out):
+    """Train and score every choice of ABLATIONS, one at a time from the default; tables of mean and spread over seeds.
+
+    Everything is kept in `out`: a run that was stopped goes on where it was, and a score is never computed twice.
+    """
+    scores = defaultdict(list)
+    for seed in range(seeds):
+        for axis, values in ABLATIONS.items():
+            for place, value in enumerate(values):
+                change = {axis: value} if place else {}
+                trained = {} if axis in SAMPLING else change
+                scores[axis, value].append(score_of(out, trained, {} if trained else change, pictures, seed, dataset,
+                                                    amp))
+                print(f"seed {seed}: {axis}={value}: AP {scores[axis, value][-1]:.4f}", flush=True)
+    print(f"\ndiffu, small, {dataset}, {pictures} training pictures, {seeds} seeds: AP in points, mean and spread (highest "
+          "- lowest); difference to the default, mean over seeds of the same seed's, and its own spread")
+    print(f"{'':30} {'ours':>14} {'- default':>16} {'paper':>7} {'- default':>10}")
+    for axis, values in ABLATIONS.items():
+        default = next(iter(values))
+        for value, paper in values.items():
+            ours = [100 * s for s in scores[axis, value]]
+            apart = [a - 100 * b for a, b in zip(ours, scores[axis, default])]
+            theirs = f"{paper:7.1f} {paper - values[default]:+10.1f}" if paper else f"{'-':>7} {'':10}"
+            print(f"{axis + ' = ' + str(value):30} {statistics.mean(ours):6.1f} ({max(ours) - min(ours):4.1f}) "
+                  f"{statistics.mean(apart):+8.1f} ({max(apart) - min(apart):4.1f}) {theirs}")
+
+
+def score_of(out, trained, sampling, pictures, seed, dataset, amp):
+    """AP of a model trained with the changes `trained`, sampled with the changes `sampling`; from `out` if it is there."""
+    folder = out / "-".join([*(f"{k}={v}" for k, v in trained.items()), f"seed={seed}"])
+    kept, name = folder / "scores.json", json.dumps(sampling)
+    scores = json.loads(kept.read_text()) if kept.exists() else {}
+    if name not in scores:
+        if (folder / "last.pth").exists():
+            run, cfg, recipe, checkpoint = options.resumed({"resume": str(folder)})
+        else:
+            run, cfg, recipe = options.settle(trained | {
+                "variant": "diffu", "data": dataset, "seed": seed, "out": str(folder), "eval_every": 10 ** 6, "steps": 1,
+                "amp": amp})
+            recipe, checkpoint = recipe.but(steps=max(1, pictures // recipe.batch_size)), None
+        if checkpoint is None or checkpoint["step"] < recipe.steps:
+            train.train(run, cfg, recipe, checkpoint)
+            if weights.read_checkpoint(folder / "last.pth")["step"] < recipe.steps:
+                sys.exit("stopped; the same command goes on")
+        model, meta = weights.load_checkpoint(folder / "last.pth", **sampling)
+        transform = data.eval_transform(meta["recipe"]["image_size"], meta["recipe"]["max_size"])
+        photos = data.open_data(dataset, split="val", transform=transform, category_ids=meta["category_ids"],
+                                image_size=meta["recipe"]["image_size"], toy_count=500)
+        scores[name] = evaluation.evaluate(model, photos, batch_size=8, progress=False)[0]["AP"]
+        kept.write_text(json.dumps(scores))
+    return scores[name]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["msda", "infer", "train", "memory", "data", "score", "kill", "soak"])
+    parser.add_argument("what", choices=["msda", "infer", "train", "memory", "data", "score", "kill", "soak", "flops", "ablate"])
     parser.add_argument("--runs", type=int, help="timed runs of each way (default: 5); kills (20)")
     parser.add_argument("--steps", type=int, help="steps of the runs of kill (default: 100) and soak (2,000)")
-    parser.add_argument("--size", type=int, help="short side of infer's, train's (default: 800) and memory's (400) images")
-    parser.add_argument("--images", type=int, default=5000, help="of score")
+    parser.add_argument("--size", type=int, help="short side of infer's, train's, flops' (default: 800) and memory's (400) images")
+    parser.add_argument("--images", type=int, default=5000, help="score: photos")
+    parser.add_argument("--variant", default="diffu_dino", help="flops: a diffusion variant")
+    parser.add_argument("--pictures", type=int, default=4800, help="ablate: pictures a training sees; minutes to hours")
+    parser.add_argument("--seeds", type=int, default=2, help="ablate: trainings of each choice")
+    parser.add_argument("--data", default="toy", help="ablate: toy, coco, or a folder in COCO's layout; data: toy, "
+                        "or such a folder of photos")
+    parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="ablate: bf16 trains under autocast")
+    parser.add_argument("--out", type=Path, default="out/ablate", help="ablate: where runs and scores are kept")
     args = parser.parse_args()
-    if args.what == "msda":
-        bench_msda(args.runs or 5)
-    elif args.what == "infer":
-        bench_infer(args.runs or 5, args.size or 800)
-    elif args.what == "train":
-        bench_train(args.runs or 5, args.size or 800)
-    elif args.what == "memory":
-        bench_memory(args.size or 400)
-    elif args.what == "data":
-        bench_data(args.runs or 5)
-    elif args.what == "score":
-        bench_score(args.images, 300)
-    elif args.what == "kill":
-        sys.exit(not bench_kill(args.runs or 20, args.steps or 100))
-    elif args.what == "soak":
-        bench_soak(args.steps or 2000)
+    runs, size = args.runs or 5, args.size or 800
+    sys.exit({"msda": lambda: bench_msda(runs), "infer": lambda: bench_infer(runs, size),
+              "train": lambda: bench_train(runs, size), "memory": lambda: bench_memory(args.size or 400),
+              "data": lambda: bench_data(runs, args.data), "score": lambda: bench_score(args.images, 300),
+              "kill": lambda: bench_kill(args.runs or 20, args.steps or 100), "soak": lambda: bench_soak(args.steps or 2000),
+              "flops": lambda: bench_flops(runs, args.variant, size, size * 1066 // 800),
+              "ablate": lambda: bench_ablate(args.pictures, args.seeds, args.data, args.amp, args.out)}[args.what]())

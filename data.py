@@ -277,31 +277,29 @@ class CocoFolder(Photos):
 
 # ============================================================================================ toy shapes
 class ToyShapes(Photos):
-    """`count` pictures, `size` pixels square, of 1 to 6 shapes of 5 classes; picture i depends on (seed, i) alone.
+    """`count` pictures of toy.py, `size` pixels square; picture i depends on (seed, i) alone.
     Attributes, items and ground_truth() as in `CocoFolder`: what cannot learn this will not learn COCO either."""
     def __init__(self, count, size=128, seed=0, transform=None, category_ids=None):
         self.size, self.seed, self.transform, self.image_ids = size, seed, transform, list(range(1, count + 1))
         self.categories = [dict(id=i, name=name) for i, name in enumerate(toy.OUTLINES, 1)]
         self.category_ids, self.classes, self.label_of = _label_map(self.categories, category_ids, "toy shapes")
+        self.id_of = {category["name"]: category["id"] for category in self.categories}
         self.sizes, self.labels, self.offsets = np.full((count, 2), size), np.zeros(0, int), np.zeros(count + 1, int)
         self.summary = f"{count} images of {size} pixels, drawn on the fly, {len(toy.OUTLINES)} classes"
 
-    def scene(self, i):
-        return toy.scene(f"toy {self.seed} {i}", self.size)
-
     def read(self, i):
         """PIL image, boxes float32 [n,4] xyxy pixels, labels int64 [n]; later shapes lie on top."""
-        rng, shapes = self.scene(i)
-        labels = np.array([self.label_of[1 + list(toy.OUTLINES).index(name)] for name, _, _ in shapes])
+        rng, shapes = toy.scene(f"toy {self.seed} {i}", self.size)
+        labels = np.array([self.label_of[self.id_of[name]] for name, _, _ in shapes])
         boxes = np.float32([[x, y, x + w, y + h] for _, _, (x, y, w, h) in shapes])
         return toy.picture(rng, shapes, self.size), boxes, labels
 
     def ground_truth(self):
         images = [dict(id=key, width=self.size, height=self.size) for key in self.image_ids]
-        number = {category["name"]: category["id"] for category in self.categories}
-        boxes = [(key, *shape) for i, key in enumerate(self.image_ids) for shape in self.scene(i)[1]]
-        annotations = [dict(id=n, image_id=key, category_id=number[name], bbox=[x, y, w, h], area=w * h, iscrowd=0)
-                       for n, (key, name, _, (x, y, w, h)) in enumerate(boxes, 1)]
+        boxes = [(key, name, box) for i, key in enumerate(self.image_ids)
+                 for name, _, box in toy.scene(f"toy {self.seed} {i}", self.size)[1]]
+        annotations = [dict(id=n, image_id=key, category_id=self.id_of[name], bbox=[x, y, w, h], area=w * h, iscrowd=0)
+                       for n, (key, name, (x, y, w, h)) in enumerate(boxes, 1)]
         return dict(info={}, images=images, annotations=annotations, categories=self.categories)
 
 def open_data(data, data_root=None, split="train", transform=None, category_ids=None, image_size=128, toy_count=None):

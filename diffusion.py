@@ -7,7 +7,7 @@ Training a decoder to turn a noised ground-truth box back into the box was first
     DiffuDETR (ICLR 2026)   T = 100 steps, down to pure noise: the references of *all* queries are the noised boxes, and
                             inference starts from noise and walks back with DDIM in a few decoder evaluations
 
-Read in that order: denoising queries, the schedule, forward noising, the sampler.
+Read in that order: denoising queries, the schedule and the noise, forward noising, the sampler.
 
 Boxes are cx, cy, w, h in [0, 1]. Shapes: B images, Q queries, P denoising slots, T timesteps, S evaluations.
 """
@@ -109,7 +109,7 @@ def group_mask(groups, group_size, num_queries, device=None):
     return blocked
 
 
-# ======================================================================================== DiffuDETR: the noise schedule
+# ============================================================================== DiffuDETR: the schedule and the noise
 
 def signal_rates(schedule, timesteps):
     """alpha-bar [T] in float64: x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise (Ho et al. 2020, Eq. 4).
@@ -131,6 +131,40 @@ def signal_rates(schedule, timesteps):
     return (1 - betas).cumprod(0)
 
 
+def terminal_snr(cfg):
+    """Signal-to-noise ratio of x_T, alpha-bar_T / (1 - alpha-bar_T), at whose place inference puts pure noise.
+
+    At T = 100: cosine 2.4e-7, sqrt 4.6e-5, linear 0.94: there, training never shows the decoder what the sampler begins
+    with (Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed"), and a `Detector` warns.
+    """
+    rate = signal_rates(cfg.schedule, cfg.timesteps)[-1].item()
+    return rate / (1 - rate)
+
+
+def draw_noise(law, *shape, generator=None, dtype=torch.float32, device=None):
+    """Noise of mean 0 and variance 1 in every coordinate, so that a schedule means the same whatever the law.
+
+    gaussian:         N(0, 1), as published; the only unbounded one, so references are clamped.
+    sigmoid_gaussian: sigmoid(z) - 1/2 with z ~ N(0, 1), over its standard deviation; within +-2.40.
+    beta:             b - 1/2 with b ~ Beta(1, 1), over its standard deviation: uniform, within +-1.73. (The bell of
+                      Beta(2, 2) would hardly differ from sigmoid_gaussian.)
+
+    The forward process is x_t = sqrt(a) x_0 + sqrt(1 - a) noise under each; DDIM with eta = 0 carries a draw along and
+    never asks for its law. The paper names the three and gives no formula: these are this project's choice.
+    """
+    kind = dict(generator=generator, dtype=dtype, device=device)
+    if law == "gaussian":
+        return torch.randn(*shape, **kind)
+    if law == "sigmoid_gaussian":
+        return (torch.randn(*shape, **kind).sigmoid() - 0.5) / 0.20827634
+    return (torch.rand(*shape, **kind) - 0.5) * 12 ** 0.5
+
+
+def add_noise(x0, noise, rate):
+    """The forward process: x_t at alpha-bar = `rate` (Ho et al. 2020, Eq. 4)."""
+    return rate.sqrt() * x0 + (1 - rate).sqrt() * noise
+
+
 def to_signal(boxes, scale):
     """Boxes in [0, 1] to the diffusion's variable in [-scale, scale]."""
     return (boxes * 2 - 1) * scale
@@ -147,7 +181,8 @@ def noised_references(targets, cfg, generator=None):
     """The references of all Q queries in training: the targets' boxes, padded with random ones, noised to time t.
 
     One t ~ U{0..T-1} per image. The order is shuffled, because learned content belongs to a slot and must not tell
-    which references began as targets. With more than Q targets a random Q of them are used.
+    which references began as targets. With more than Q targets a random Q of them are used (the published code fails
+    from 899 of 900 on).
 
     Returns references [B, Q, 4] in [0, 1] and t [B].
     """
@@ -157,13 +192,12 @@ def noised_references(targets, cfg, generator=None):
     rates = signal_rates(cfg.schedule, cfg.timesteps).to(device, dtype)[t]                                          # [B]
     references = []
     for target, rate in zip(targets, rates):
-        boxes = target["boxes"]
+        boxes = target["boxes"].clamp(0, 1)
         if len(boxes) > Q:
             boxes = boxes[torch.randperm(len(boxes), generator=generator, device=device)[:Q]]
         padding = torch.randn(Q - len(boxes), 4, generator=generator, device=device, dtype=dtype).sigmoid()
         x0 = to_signal(torch.cat([boxes, padding]), cfg.signal_scale)
-        noise = torch.randn(Q, 4, generator=generator, device=device, dtype=dtype)
-        xt = rate.sqrt() * x0 + (1 - rate).sqrt() * noise
+        xt = add_noise(x0, draw_noise(cfg.noise, Q, 4, generator=generator, device=device, dtype=dtype), rate)
         order = torch.randperm(Q, generator=generator, device=device)
         references.append(to_boxes(xt, cfg.signal_scale)[order])
     return torch.stack(references), t
@@ -184,40 +218,63 @@ def ddim_step(x, x0, rate, next_rate, eta, noise):
     return next_rate.sqrt() * x0 + (1 - next_rate - sigma ** 2).clamp(min=0).sqrt() * epsilon + sigma * noise
 
 
-def sample(decode, batch_size, cfg, device, dtype, generators=None):
-    """Denoise Gaussian noise into detections: x_T ~ N(0, I) per query, then S evaluations of the decoder alone.
+def best_pairs(logits, boxes, count):
+    """The `count` best query-class pairs of each image; one query may answer twice (Deformable DETR's post-processing).
+
+    logits [..., Q, C] and boxes [..., Q, 4] -> dict of scores [..., K] in 0..1, labels [..., K], boxes [..., K, 4] and
+    queries [..., K], best first; K is `count`, or Q * C if that is less.
+    """
+    # The sigmoid keeps the order, so it is enough to take it of the few that are kept.
+    scores, pair = logits.flatten(-2).topk(min(count, logits.shape[-2] * logits.shape[-1]))
+    query = pair // logits.shape[-1]
+    return {"scores": scores.sigmoid(), "labels": pair % logits.shape[-1], "queries": query,
+            "boxes": boxes.gather(-2, query[..., None].expand(*query.shape, 4))}
+
+
+def sample(decode, batch_size, cfg, device, dtype, generators=None, watch=None):
+    """Denoise noise into detections: one x_T per query, then S evaluations of the decoder alone.
 
     Args:
-        decode: function of references [B, Q, 4] in [0, 1] and t [B], giving logits [L, B, Q, C], boxes [L, B, Q, 4].
+        decode: function of references [B, Q', 4] in [0, 1], t [B] and rows [B, Q'] (which of the Q queries they are),
+            giving logits [L, B, Q', C], boxes [L, B, Q', 4]. Q' is Q, or after the first evaluation its survivors.
         generators: B CPU generators, one per image, so that an image's boxes depend neither on its batch nor on the
             device; by default each is seeded with 0.
+        watch: called after every evaluation with a dict of what it saw: t, references, rows, logits and boxes of the last
+            layer, keep [B, Q'] (False: the query starts again from fresh noise).
 
-    Returns the last evaluation's (logits, boxes), and all evaluations' last layers (logits [S, B, Q, C], boxes
-    [S, B, Q, 4]) for the ensemble.
+    Returns the last evaluation's (logits, boxes), and a list of every evaluation's `best_pairs` for the ensemble: what is
+    kept of an evaluation is a few kilobytes, so that memory does not grow with S.
     """
     generators = generators or [torch.Generator().manual_seed(0) for _ in range(batch_size)]
     if len(generators) != batch_size:
         raise ValueError(f"{len(generators)} generators for {batch_size} images: give one per image")
 
     def noise():
-        return torch.stack([torch.randn(cfg.num_queries, 4, generator=g, dtype=dtype) for g in generators]).to(device)
+        return torch.stack([draw_noise(cfg.noise, cfg.num_queries, 4, generator=g, dtype=dtype)
+                            for g in generators]).to(device)
 
     rates = signal_rates(cfg.schedule, cfg.timesteps).to(device, dtype)
-    x = noise()
+    x, rows = noise(), torch.arange(cfg.num_queries, device=device).expand(batch_size, -1)
     evaluations = []
     for t, t_next in times(cfg.timesteps, cfg.evaluations):
-        logits, boxes = decode(to_boxes(x, cfg.signal_scale), torch.full((batch_size,), t, device=device))
-        evaluations.append((logits[-1], boxes[-1]))
+        references = to_boxes(x, cfg.signal_scale)
+        logits, boxes = decode(references, torch.full((batch_size,), t, device=device), rows)
+        evaluations.append(best_pairs(logits[-1], boxes[-1], cfg.detections))
+        score = logits[-1].amax(-1).sigmoid()
+        # A query must earn its place: the closer to t = 0, the lower the score that keeps it.
+        keep = score > t_next / cfg.timesteps if cfg.renewal else torch.ones_like(score, dtype=torch.bool)
+        if watch:
+            watch(dict(t=t, references=references, rows=rows, logits=logits[-1], boxes=boxes[-1], keep=keep))
         x0 = to_signal(boxes[-1].to(dtype), cfg.signal_scale).clamp(-cfg.signal_scale, cfg.signal_scale)
-        fresh = noise()
+        fresh = noise().gather(1, rows[..., None].expand(-1, -1, 4))
         if cfg.sampler == "published":               # the unscaled box where DDIM has x0; epsilon still comes from x0
             rate, next_rate = rates[t], rates[t_next]
             epsilon = ((1 / rate).sqrt() * x - x0) / (1 / rate - 1).sqrt()
-            x = boxes[-1] * next_rate.sqrt() + (1 - next_rate).sqrt() * epsilon
+            x = add_noise(boxes[-1], epsilon, next_rate)
         else:
             x = ddim_step(x, x0, rates[t], rates[t_next], cfg.eta, fresh)
-        if cfg.renewal:
-            # A query must earn its place: the closer to t = 0, the lower the score that keeps it.
-            keep = logits[-1].sigmoid().amax(-1, keepdim=True) > t_next / cfg.timesteps
-            x = torch.where(keep, x, fresh)
-    return (logits, boxes), tuple(torch.stack(e) for e in zip(*evaluations))
+        x = torch.where(keep[..., None], x, fresh)
+        if cfg.survivors < 1 and len(evaluations) == 1:            # the others had their chance: their answers are kept
+            best = score.topk(math.ceil(cfg.survivors * cfg.num_queries), 1).indices
+            x, rows = x.gather(1, best[..., None].expand(-1, -1, 4)), rows.gather(1, best)
+    return (logits, boxes), evaluations

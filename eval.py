@@ -3,6 +3,7 @@
     python eval.py --weights best.pth --data coco --data-root ...      COCO's twelve numbers, and results.json
     python eval.py --weights best.pth --images cat.jpg holiday/        pictures with boxes, and predictions.json
     python eval.py --compare out/detr-toy out/dino-toy                 runs' curves together, also while they train
+    python eval.py --weights diffu.pth --images cat.jpg --trajectory   and how DiffuDETR got there, from noise on
 
 In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR, Deformable DETR and DiffuDETR),
 `evaluate` (COCO metrics), `predict` (any photos), `picture_grid` (truth beside predictions), command line.
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 import data
 import distributed
+import diffusion
 import pictures
 import variants
 import weights
@@ -34,8 +36,8 @@ def postprocess(outputs, sizes, cfg):
     """What the model says about B images -> a list of B dicts, each sorted by score, best first.
 
     outputs: the model's dict; read is the last layer of "logits" [L,B,Q,C] and "boxes" [L,B,Q,4] (cx, cy, w, h in 0..1)
-    or, where a diffusion model gives it, "evaluations" with the same two as [S,B,Q,..]. sizes: [B,2], height and width
-    of the original photos in pixels. cfg: its class_loss, detections and ensemble_nms are read.
+    or, where a diffusion model gives them, its "evaluations". sizes: [B,2], height and width of the
+    original photos in pixels. cfg: its class_loss, detections and ensemble_nms are read.
     Each dict: "scores" [K] in 0..1, "labels" [K], "boxes" [K,4] as x0, y0, x1, y1 in pixels, in the outputs' dtype.
 
     "ce" (DETR): one detection per query, its best class; the last class is "no object" and never wins. Otherwise
@@ -43,25 +45,22 @@ def postprocess(outputs, sizes, cfg):
     Diffusion (DiffuDETR's released code): every evaluation's answer, NMS per class over all, the best of it; clipped.
     """
     sampled = "evaluations" in outputs
-    source = outputs["evaluations"] if sampled else {key: outputs[key][-1:] for key in ("logits", "boxes")}
-    logits, boxes = source["logits"], source["boxes"]                                            # [S,B,Q,C], [S,B,Q,4]
-    if cfg.class_loss == "ce":
-        scores, labels = logits.softmax(-1)[..., :-1].max(-1)                                    # [S,B,Q]
+    if sampled:
+        answers = outputs["evaluations"]
+    elif cfg.class_loss == "ce":
+        scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)                     # [B,Q]
         scores, query = scores.sort(dim=-1, descending=True, stable=True)
         scores, query = scores[..., :cfg.detections], query[..., :cfg.detections]
-        labels = labels.gather(-1, query)
+        answers = [{"scores": scores, "labels": labels.gather(-1, query),
+                    "boxes": outputs["boxes"][-1].gather(1, query[..., None].expand(-1, -1, 4))}]
     else:
-        C = logits.shape[-1]
-        # The sigmoid keeps the order, so it is enough to take it of the few that are kept.
-        scores, pair = logits.flatten(2).topk(min(cfg.detections, logits[0, 0].numel()))         # [S,B,K]
-        scores, labels, query = scores.sigmoid(), pair % C, pair // C
+        answers = [diffusion.best_pairs(outputs["logits"][-1], outputs["boxes"][-1], cfg.detections)]
+    scores, labels, boxes = (torch.cat([answer[key] for answer in answers], 1) for key in ("scores", "labels", "boxes"))
     limits = sizes.to(boxes).flip(-1).repeat(1, 2)                                               # [B,4]: w, h, w, h
-    boxes = boxes.gather(2, query[..., None].expand(-1, -1, -1, 4))
-    boxes = box_convert(boxes, "cxcywh", "xyxy") * limits[:, None]                               # [S,B,K,4]
+    boxes = box_convert(boxes, "cxcywh", "xyxy") * limits[:, None]                               # [B,K,4], K of all S
     found = []
-    for i, limit in enumerate(limits):
-        s, c, b = (t[:, i].flatten(0, 1) for t in (scores, labels, boxes))                       # of all S: [S*K]
-        if len(logits) > 1:
+    for s, c, b, limit in zip(scores, labels, boxes, limits):
+        if len(answers) > 1:
             # batched_nms shifts boxes by label * size: a hundredth of a pixel is lost in float32, none in float64.
             keep = batched_nms(b.double(), s.double(), c, cfg.ensemble_nms)[:cfg.detections]
             s, c, b = s[keep], c[keep], b[keep]
@@ -127,21 +126,22 @@ def same_names(dataset, classes, source):
 
 # ================================================================================================ photos and pictures
 
-def detect(model, image, size, score):
+def detect(model, image, size, score, watch=None):
     """Objects in one image [3,H,W] of at least `score` -> postprocess' dict, as lists; size: the photo's (w, h)."""
     with answering(model) as device:
         images = image[None].to(device)
-        outputs = model(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
+        outputs = model(images, torch.zeros_like(images[:, 0], dtype=torch.bool), watch=watch)
         found = postprocess(outputs, torch.tensor([size[::-1]]), model.cfg)[0]
     return {key: value[found["scores"] >= score].tolist() for key, value in found.items()}
 
 
-def predict(model, meta, paths, score=0.5, transform=None, folder=None):
+def predict(model, meta, paths, score=0.5, transform=None, folder=None, trajectory=False):
     """Find objects in photos, one by one -> a list with one dict per path.
 
     Each is {"file", "detections": [{"label", "category_id", "score", "bbox" [x, y, w, h] in pixels}]}, best first, from
     `score` on; or {"file", "error"} for a photo that cannot be read: the others are still done. transform:
-    `data.eval_transform` of another size than the checkpoint's. folder: where to write each photo with its boxes drawn.
+    `data.eval_transform` of another size than the checkpoint's. folder: where to write each photo with its boxes drawn;
+    trajectory: and, for a diffusion model, its boxes at every evaluation, as a strip (.png) and an animation (.webp).
     """
     transform = transform or data.eval_transform(meta["recipe"]["image_size"], meta["recipe"]["max_size"])
     classes, results, taken = meta["classes"], [], set()
@@ -153,15 +153,23 @@ def predict(model, meta, paths, score=0.5, transform=None, folder=None):
             result["error"] = str(error)
             continue
         image, _, _ = transform(photo, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None)
-        found = detect(model, data.normalised(data.to_bytes(image)), photo.size, score)
+        steps = []
+        found = detect(model, data.normalised(data.to_bytes(image)), photo.size, score,
+                       steps.append if trajectory else None)
         result["detections"] = [
             dict(label=classes[c], category_id=meta["category_ids"][c], score=s, bbox=[x0, y0, x1 - x0, y1 - y0])
             for s, c, (x0, y0, x1, y1) in zip(*found.values())]
         if folder is not None:
-            name = f"{path.stem}-{len(results)}.jpg" if path.stem in taken else f"{path.stem}.jpg"     # a/1.jpg b/1.jpg
+            name = f"{path.stem}-{len(results)}" if path.stem in taken else path.stem                   # a/1.jpg b/1.jpg
             taken.add(path.stem)
-            result["picture"] = str(Path(folder) / name)
-            pictures.draw(photo, found["boxes"], found["labels"], classes, found["scores"]).save(result["picture"], quality=92)
+            result["picture"] = str(Path(folder) / f"{name}.jpg")
+            drawn = pictures.draw(photo, found["boxes"], found["labels"], classes, found["scores"])
+            drawn.save(result["picture"], quality=92)
+            if trajectory:
+                steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
+                steps = [{k: v if k == "t" else v[0].cpu() for k, v in step.items()} for step in steps]         # of image 0
+                pictures.strip(photo, steps, drawn).save(Path(folder) / f"{name}-trajectory.png")
+                pictures.film(photo, steps, drawn, Path(folder) / f"{name}-trajectory.webp")
     return results
 
 
@@ -196,6 +204,8 @@ def main(argv=None):
     what.add_argument("--images", nargs="+", help="find objects in photos, or in folders of photos")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs' folders together")
     parser.add_argument("--score", type=float, default=0.5, help="--images: leave out detections below this")
+    parser.add_argument("--trajectory", action="store_true", help="--images, diffusion models: also draw every evaluation, "
+                        "from noise to detections (.png and animated .webp)")
     parser.add_argument("--data-root", help="--data coco: where it lies")
     parser.add_argument("--batch-size", type=int, default=4, help="--data: images at a time")
     parser.add_argument("--workers", type=int, default=2, help="--data: processes that load photos")
@@ -220,9 +230,11 @@ def run(args, parser):
         print(*pictures.compare_runs(args.compare, out := args.out or Path("compare.png")), f"curves in {out}", sep="\n")
         return 0
     model, meta = weights.load_checkpoint(args.weights)
+    if (args.evaluations or args.trajectory) and model.cfg.queries != "noise":
+        parser.error(f"--evaluations and --trajectory are for diffusion models, and {args.weights} holds {meta['variant']}")
+    if args.trajectory and args.data:
+        parser.error("--trajectory draws photos: give --images")
     if args.evaluations:
-        if model.cfg.queries != "noise":
-            parser.error(f"--evaluations is for diffusion models, and {args.weights} holds {meta['variant']}")
         model.cfg = model.cfg.but(evaluations=args.evaluations)
     args.device = distributed.own_device(args.device)
     model.to(args.device)
@@ -251,7 +263,7 @@ def run(args, parser):
     if any(path.resolve().parent == folder.resolve() for path in paths):
         raise data.DataError(f"--out {folder} holds photos of --images, which it would overwrite: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    results = predict(model, meta, paths, args.score, transform, folder)
+    results = predict(model, meta, paths, args.score, transform, folder, args.trajectory)
     errors = [result["error"] for result in results if "error" in result]
     if len(errors) < len(results):
         (folder / "predictions.json").write_text(json.dumps(results, indent=1))

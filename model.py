@@ -14,6 +14,7 @@ One class, `Detector`, is the whole family; a field of `Config` (variants.py) sw
 Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes, d channels, M heads, D channels a head.
 """
 import math
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -234,6 +235,10 @@ class Detector(nn.Module):
             self.label_enc = nn.Embedding(C + 1, d - (cfg.denoising == "dn"))
         if cfg.queries == "noise":
             self.time_embed = nn.Sequential(nn.Linear(d, 4 * d), nn.SiLU(), nn.Linear(4 * d, 4 * d))
+            if (snr := diffusion.terminal_snr(cfg)) > 1e-2:
+                warnings.warn(f"schedule={cfg.schedule} with timesteps={cfg.timesteps} ends at a signal-to-noise ratio of "
+                              f"{snr:.2g}, but inference starts from pure noise, which training will not show: cosine, or "
+                              "more timesteps, end near 0", stacklevel=2)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -272,7 +277,7 @@ class Detector(nn.Module):
         if cfg.two_stage and cfg.content == "learned":
             nn.init.xavier_uniform_(self.tgt_embed.weight)                             # DINO's effective initialisation
 
-    def forward(self, images, mask, targets=None, generator=None):
+    def forward(self, images, mask, targets=None, generator=None, watch=None):
         """Detect.
 
         Args:
@@ -281,10 +286,12 @@ class Detector(nn.Module):
                 in training by denoising and diffusion, which learn from noised targets; otherwise unused.
             generator: in training, the torch.Generator (on the images' device) that noise is drawn from. In
                 evaluation of a diffusion model, a list of B CPU generators; default: the same seed for every image.
+            watch: in evaluation of a diffusion model, called after each decoder evaluation: see `diffusion.sample`.
 
         Returns a dict: logits [L, B, Q, C] and boxes [L, B, Q, 4] of all decoder layers, the last is the answer; "enc"
         (two_stage): logits, boxes of the proposals; "dn" (denoising, in training): logits, boxes and queries, a
-        `diffusion.Denoising`; "evaluations" (diffusion, in evaluation): logits [S, B, Q, C], boxes [S, B, Q, 4].
+        `diffusion.Denoising`; "evaluations" (diffusion, in evaluation, where L is 1: the last evaluation's last layer): a
+        list with `diffusion.best_pairs` of each.
         """
         cfg = self.cfg
         if images.shape[0] != mask.shape[0] or images.shape[2:] != mask.shape[1:]:
@@ -295,18 +302,20 @@ class Detector(nn.Module):
         memory = self.encode(images, mask)
         outputs = {}
         chosen = None
-        if cfg.two_stage:
+        # Proposals place the first boxes, or lend their features; where noise and learned content do both, the proposals
+        # only teach the encoder, and inference leaves them away (2% of the operations).
+        if cfg.two_stage and (self.training or cfg.queries != "noise" or cfg.content == "memory"):
             outputs["enc"], chosen = self.proposals(memory)
         content, pos, reference = self.first_queries(memory, chosen)
         values = self.project_values(memory)
 
         if cfg.queries == "noise" and not self.training:                                         # DiffuDETR, inference
-            def decode(reference, t):
-                return self.decode(memory, values, content, None, reference, t=t)
+            def decode(reference, t, rows):
+                own = content.gather(1, rows[..., None].expand(-1, -1, cfg.d_model))
+                return self.decode(memory, values, own, None, reference, t=t, every_layer=False)
             (logits, boxes), evaluations = diffusion.sample(
-                decode, len(images), cfg, images.device, memory.centres.dtype, generator)
-            return outputs | {"logits": logits, "boxes": boxes,
-                              "evaluations": dict(zip(("logits", "boxes"), evaluations))}
+                decode, len(images), cfg, images.device, memory.centres.dtype, generator, watch)
+            return outputs | {"logits": logits, "boxes": boxes, "evaluations": evaluations}
 
         t = blocked = denoising = None
         if cfg.queries == "noise":                                                                # DiffuDETR, training
@@ -342,7 +351,7 @@ class Detector(nn.Module):
         tokens, masks, positions, valids, centres = [], [], [], [], []
         for level, x in enumerate(maps):
             h, w = x.shape[2:]
-            m = F.interpolate(mask[:, None].float(), size=(h, w))[:, 0].bool()             # legacy nearest: floor(i * H / h)
+            m = F.interpolate(mask[:, None].float(), size=(h, w))[:, 0].bool()           # legacy nearest: floor(i * H / h)
             valid = torch.stack([(~m[:, 0]).sum(1), (~m[:, :, 0]).sum(1)], -1)                           # [B, 2] (w, h)
             pos = self.position(m, x).flatten(1, 2)
             if cfg.attention == "deformable":
@@ -388,14 +397,21 @@ class Detector(nn.Module):
         grid = torch.where(good[..., None], (grid / (1 - grid)).log(), torch.inf)
         tokens = self.enc_output_norm(self.enc_output(memory.tokens * good[..., None]))
         logits = self.enc_class_embed(tokens).to(grid)
-        boxes = self.enc_bbox_embed(tokens).to(grid) + grid
         score = logits[..., 0] if cfg.proposal_score == "first" else logits.amax(-1)
         Q = min(cfg.num_queries, score.shape[1])            # a very small photo has fewer tokens than queries
         best = score.topk(Q, dim=1).indices[..., None]                                                       # [B, Q, 1]
-        chosen = tokens.gather(1, best.expand(-1, -1, cfg.d_model)), boxes.gather(1, best.expand(-1, -1, 4))
-        if cfg.proposal_loss == "selected":
-            logits, boxes = logits.gather(1, best.expand(-1, -1, cfg.logits)), chosen[1]
-        return {"logits": logits, "boxes": boxes.sigmoid()}, tuple(c.detach() for c in chosen)
+
+        def pick(x):
+            return x.gather(1, best.expand(-1, -1, x.shape[-1]))
+
+        content = pick(tokens)
+        if cfg.proposal_loss == "selected":             # then nobody asks for the other tokens' boxes: 1% of the operations
+            logits, grid = pick(logits), pick(grid)
+            boxes = chosen = self.enc_bbox_embed(content).to(grid) + grid
+        else:
+            boxes = self.enc_bbox_embed(tokens).to(grid) + grid
+            chosen = pick(boxes)
+        return {"logits": logits, "boxes": boxes.sigmoid()}, (content.detach(), chosen.detach())
 
     def first_queries(self, memory, chosen):
         """Where the Q queries start: content [B, Q, d], position [B, Q, d] or None (computed per layer from the
@@ -439,12 +455,13 @@ class Detector(nn.Module):
             return [memory.tokens] * len(self.decoder)
         return [layer.cross_attn.project(memory.tokens, memory.mask) for layer in self.decoder]
 
-    def decode(self, memory, values, content, pos, reference, blocked=None, t=None):
+    def decode(self, memory, values, content, pos, reference, blocked=None, t=None, every_layer=True):
         """One evaluation of the decoder.
 
         Args:
             content [B, Q, d], pos [B, Q, d] or None, reference [B, Q, 2 or 4] or None: as from `first_queries`.
             blocked: [Q, Q] self-attention mask or None. t: [B] diffusion time or None.
+            every_layer: False: only the last layer answers (L is 1), which saves the heads of the others.
 
         Returns logits [L, B, Q, C] and boxes [L, B, Q, 4].
         """
@@ -474,12 +491,17 @@ class Detector(nn.Module):
             x = layer(x, pos, attend, blocked, t)
             h = self.decoder_norm(x)
             head = min(l, len(self.bbox_embed) - 1)
-            logits.append(self.class_embed[head](h))
-            delta = self.bbox_embed[head](h).to(memory.centres)                   # boxes stay float32 under autocast
-            box = (delta + self.logit_of(base)).sigmoid()
-            boxes.append(box)
+            last = l == len(self.decoder) - 1
+            if every_layer or last or not cfg.look_forward_twice:
+                delta = self.bbox_embed[head](h).to(memory.centres)               # boxes stay float32 under autocast
+                box = (delta + self.logit_of(base)).sigmoid()
+            if every_layer or last:
+                logits.append(self.class_embed[head](h))
+                boxes.append(box)
+            if last:
+                break
             if cfg.look_forward_twice:        # DINO, section 3.5: the next layer's loss reaches this layer's box once more
-                delta = self.bbox_embed[head](x).to(delta)
+                delta = self.bbox_embed[head](x).to(memory.centres)
                 base = (delta + self.logit_of(reference)).sigmoid()
                 reference = base.detach()
             elif cfg.refine:                                         # Deformable DETR, appendix A.4: iterative refinement

@@ -1,6 +1,7 @@
-"""Pictures for people: boxes on photos, pages of photos, and a run's curves.
+"""Pictures for people: boxes on photos, from noise to detections, pages of photos, and a run's curves.
 
-Nothing here knows a model: eval.py says what to draw. `draw` (one photo), `sheet` (many), `plot_curves` (a log), `compare_runs` (many).
+Nothing here knows a model: eval.py says what to draw. `draw` (one photo), `strip` and `film` (DiffuDETR's way from noise
+to detections), `sheet` (many photos), `plot_curves` (a log), `compare_runs` (many logs).
 """
 import colorsys
 import contextlib
@@ -9,6 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+def colour_of(i):
+    """(r, g, b) of the i-th label or query: the golden angle keeps the hues of any few neighbours far apart."""
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(0.58 + 0.618034 * i, 0.82, 0.95))
 
 
 def draw(photo, boxes, labels, classes, scores=None):
@@ -22,9 +28,7 @@ def draw(photo, boxes, labels, classes, scores=None):
     pen, line = ImageDraw.Draw(picture), max(3, round(max(width, height) / 250))
     font = ImageFont.load_default(size=max(13, max(width, height) / 45))
     boxes = [[min(max(x * zoom, 0), side - 1) for x, side in zip(box, (width, height) * 2)] for box in boxes]
-    # The golden angle keeps the hues of any few neighbouring labels far apart.
-    hues = [colorsys.hsv_to_rgb(0.58 + 0.618034 * label, 0.82, 0.95) for label in labels]
-    colours = [tuple(round(255 * x) for x in hue) for hue in hues]
+    colours = [colour_of(label) for label in labels]
     for (x0, y0, x1, y1), colour in reversed(list(zip(boxes, colours))):             # the best on top
         pen.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline="black", width=line + 2)       # seen on any background
         pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
@@ -41,6 +45,59 @@ def draw(photo, boxes, labels, classes, scores=None):
         bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140                         # to the eye (BT.601)
         pen.text((x + 3, y + h / 2), text, font=font, fill="black" if bright else "white", anchor="lm")
     return picture
+
+
+def strip(photo, steps, detections):
+    """DiffuDETR at work on one photo: its boxes at every evaluation, from noise to detections, side by side.
+
+    photo: PIL. steps: a list of dicts, one per evaluation: t; references [Q', 4], what the decoder was given, and boxes
+    [Q', 4], what it made of them (cxcywh in [0, 1]); rows [Q'], which query each is; keep [Q'] bool, False: it starts
+    again from fresh noise (in the last step: it is no detection). detections: the photo with the final ones drawn on it.
+    """
+    photo = fitted(photo, 360)
+    panels = [(f"noise, t = {steps[0]['t']}", boxes_of_queries(photo, steps[0], 0))]
+    for number, step in enumerate(steps, 1):
+        kept = f"{int(step['keep'].sum())} of {len(step['keep'])} " + ("kept" if number < len(steps) else "found")
+        panels.append((f"evaluation {number}: {kept}", boxes_of_queries(photo, step, 1)))
+    panels.append(("detections", detections.resize(photo.size, Image.Resampling.LANCZOS)))
+    return sheet([picture for _, picture in panels], [title for title, _ in panels])
+
+
+def film(photo, steps, detections, path, moves=8):
+    """The same as an animation (WebP): each evaluation moves its boxes from the references to the decoder's answer, then
+    the kept ones go on to the next time, while the rest make room for fresh noise."""
+    photo, frames, held = fitted(photo, 480), [], []                                     # held: milliseconds of each frame
+    for number, step in enumerate(steps):
+        for part in np.linspace(0, 1, moves):
+            eased = (1 - np.cos(np.pi * part)) / 2                                           # slow at both ends
+            frames.append(boxes_of_queries(photo, step, eased, f"t = {step['t']}"))
+            held.append(70)
+        held[-moves], held[-1] = 600, 900 if number + 1 == len(steps) else 600
+    frames.append(detections.resize(photo.size, Image.Resampling.LANCZOS))
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=held + [2500], loop=0, quality=70)
+
+
+def fitted(photo, longest):
+    """A copy of a photo, its long side `longest` pixels."""
+    return ImageOps.contain(photo.convert("RGB"), (longest, longest), Image.Resampling.LANCZOS)
+
+
+def boxes_of_queries(photo, step, part, text=None):
+    """The photo with an evaluation's boxes, `part` of the way from its references to its answers: every query in its own
+    colour, thick if it is kept, thin and pale if it starts again."""
+    overlay = Image.new("RGBA", photo.size)
+    pen, limit = ImageDraw.Draw(overlay), np.array(photo.size * 2) - 1
+    boxes = (1 - part) * np.asarray(step["references"]) + part * np.asarray(step["boxes"])
+    corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1).clip(0, 1) * limit
+    for kept in (False, True):                                                                    # the kept ones on top
+        for box, query, keep in zip(corners.tolist(), step["rows"].tolist(), step["keep"].tolist()):
+            if keep == kept:
+                pen.rectangle(box, outline=(*colour_of(query), 255 if kept else 150), width=3 if kept else 1)
+    if text:
+        font = ImageFont.load_default(size=22)
+        pen.rectangle((0, 0, pen.textlength(text, font) + 12, 32), fill="white")
+        pen.text((6, 16), text, font=font, fill="black", anchor="lm")
+    return Image.alpha_composite(photo.convert("RGBA"), overlay).convert("RGB")
 
 
 def sheet(drawn, titles):

@@ -27,6 +27,7 @@ import traceback
 import unittest
 import urllib.error
 import warnings
+import weakref
 import zlib
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -39,23 +40,26 @@ import torchvision
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy import special, stats
 from torch import nn
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import functional as TF
 
+import bench
 import data
 import diffusion
 import distributed
 import eval as evaluation
 import matcher
 import msda
+import options
 import pictures
 import scores
 import toy
 import train
 import variants
 import weights
-from model import build_model
+from model import Detector, build_model
 from order import BatchOrder, repeat_factors
 from msda_cuda import cpu
 
@@ -405,6 +409,50 @@ def test_denoising_never_leaks():
             assert torch.allclose(a, built(images, mask)["logits"], atol=1e-5), name
 
 
+def test_denoising_groups_are_independent_in_the_model():
+    """Changing one group, its unused slots included, changes no other group and no matching query."""
+    for name in ("dn", "dino"):
+        built = small(name, backbone_norm="frozen", dn_groups=3, dn_queries=9)
+        images, mask, targets = batch((3, 1))
+        real, changed = diffusion.denoising_queries, None
+
+        def other_group(*args):
+            d = real(*args)
+            size = d.boxes.shape[1] // d.groups
+            if changed is not None:
+                d.boxes[:, changed * size:(changed + 1) * size] = 0.3
+                d.labels[:, changed * size:(changed + 1) * size] = 1
+            return d
+
+        with torch.no_grad(), mock.patch.object(diffusion, "denoising_queries", other_group):
+            def run():
+                outputs = built(images, mask, targets, generator=torch.Generator().manual_seed(0))
+                return outputs["logits"], outputs["dn"]["logits"].unflatten(2, (3, -1))
+            (match, groups), changed = run(), 1
+            match_after, groups_after = run()
+        assert torch.allclose(match, match_after, atol=1e-6), name
+        assert torch.allclose(groups[:, :, [0, 2]], groups_after[:, :, [0, 2]], atol=1e-6), name
+        assert not torch.allclose(groups[:, :, 1], groups_after[:, :, 1], atol=1e-3), name
+
+
+def test_denoising_without_boxes_and_with_900():
+    """No box in the batch: no denoising query, and all losses are there. 900: one group, whatever dn_queries says."""
+    images, mask, nothing = batch((0, 0))
+    for name in ("dn", "dino", "diffu_dino"):
+        built = small(name)
+        outputs = built(images, mask, nothing)
+        assert outputs["dn"]["logits"].shape[2] == 0
+        losses = matcher.Criterion(built.cfg)(outputs, nothing)
+        assert losses["loss_bbox_dn"] == 0 and torch.isfinite(losses["total"]), name
+    _, _, many = batch((900, 2))
+    for name, groups, size in (("dn", 5, 900), ("dino", 1, 1800)):
+        cfg = variants.VARIANTS[name].but(num_classes=5)
+        d = diffusion.denoising_queries(many, cfg, 10)
+        assert (d.groups, d.labels.shape, d.blocked.shape[0]) == (groups, (2, groups * size), groups * size + 10), name
+        assert d.used[0].all() and d.used[1].sum() == 2 * groups * (size // 900)
+        assert ((d.boxes >= 0) & (d.boxes <= 1)).all() or name == "dino"                # a far corner may turn a box over
+
+
 def test_denoising_groups_do_not_see_each_other():
     blocked = diffusion.group_mask(groups=3, group_size=2, num_queries=4)
     want = torch.zeros(10, 10, dtype=torch.bool)
@@ -423,6 +471,51 @@ def test_diffusion_cosine_schedule_is_the_published_one():
     assert (rates[1:] < rates[:-1]).all()
 
 
+LAWS = ("gaussian", "sigmoid_gaussian", "beta")
+
+
+def test_diffusion_noise_laws_are_what_they_say():
+    """Each is drawn from its own distribution (Kolmogorov-Smirnov), has mean 0 and variance 1, and repeats by seed."""
+    beta, logistic = stats.beta(1, 1), lambda x: stats.norm.cdf(special.logit(np.clip(x, 0, 1)))
+    exact = {"gaussian": stats.norm.cdf, "beta": lambda x: beta.cdf(x * beta.std() + 0.5),
+             "sigmoid_gaussian": lambda x: logistic(x * 0.20827634 + 0.5)}
+    # The variance of sigmoid(z), by quadrature over z: what sigmoid_gaussian divides by.
+    z = np.linspace(-12, 12, 200_001)
+    variance = np.trapezoid((1 / (1 + np.exp(-z)) - 0.5) ** 2 * stats.norm.pdf(z), z)
+    assert abs(variance ** 0.5 - 0.20827634) < 1e-7
+    for law in LAWS:
+        a, b = (diffusion.draw_noise(law, 50_000, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+                for _ in range(2))
+        assert torch.equal(a, b) and a.shape == (50_000, 4) and a.dtype == torch.float64
+        assert abs(a.mean()) < 0.01 and abs(a.var() - 1) < 0.02, law
+        assert stats.kstest(a.flatten().numpy(), exact[law]).pvalue > 0.01, law
+        assert all(stats.kstest(a.flatten().numpy(), exact[other]).pvalue < 1e-4 for other in LAWS if other != law), law
+
+
+def test_diffusion_forward_noise_at_every_t():
+    """x_t has mean sqrt(a) x_0 and variance 1 - a, at each of the T times of each schedule, under each law."""
+    x0 = diffusion.to_signal(torch.tensor([0.5, 0.2, 0.1, 0.9], dtype=torch.float64), 2.0)
+    for law, schedule in itertools.product(LAWS, ("cosine", "linear", "sqrt")):
+        rates = diffusion.signal_rates(schedule, 100)[:, None, None]
+        noise = diffusion.draw_noise(law, 100, 3000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = diffusion.add_noise(x0, noise, rates)
+        assert x.shape == (100, 3000, 4)
+        off = (x.mean(1) - rates[:, 0].sqrt() * x0) / ((1 - rates[:, 0]) / 3000).sqrt()            # in standard errors
+        assert off.abs().max() < 4.5, (law, schedule)
+        assert (x.var(1) / (1 - rates[:, 0]) - 1).abs().max() < 0.15, (law, schedule)
+
+
+def test_diffusion_terminal_snr_is_reported():
+    """Only the schedule whose x_T still shows the boxes warns."""
+    for schedule, snr in (("cosine", 2.43e-7), ("linear", 0.485 / 0.515), ("sqrt", 4.6e-5)):
+        cfg = variants.VARIANTS["diffu"].but(**SMALL | dict(schedule=schedule))
+        assert abs(diffusion.terminal_snr(cfg) / snr - 1) < 0.02, schedule
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Detector(cfg)
+        assert ["pure noise" in str(w.message) for w in caught] == [True] * (schedule == "linear"), schedule
+
+
 def test_diffusion_forward_noise_has_the_right_mean_and_variance():
     """x_t = sqrt(a) x_0 + sqrt(1 - a) noise, at several t, measured where nothing is clamped."""
     cfg = variants.diffu.but(num_queries=4000, signal_scale=2.0)
@@ -439,42 +532,68 @@ def test_diffusion_forward_noise_has_the_right_mean_and_variance():
 
 
 def test_diffusion_fewer_and_more_targets_than_queries():
-    cfg = variants.diffu.but(num_queries=8)
-    for n in (0, 8, 20):
-        targets = [{"labels": torch.zeros(n, dtype=torch.long), "boxes": torch.rand(n, 4)}]
+    """Also boxes that reach out of the photo, which are clamped, and, end to end, 900 boxes."""
+    for law, n in itertools.product(LAWS, (0, 7, 8, 20)):
+        cfg = variants.diffu.but(num_queries=8, noise=law)
+        targets = [{"labels": torch.zeros(n, dtype=torch.long), "boxes": torch.rand(n, 4) * 3 - 1}]
         references, _ = diffusion.noised_references(targets, cfg)
         assert references.shape == (1, 8, 4) and references.min() >= 0 and references.max() <= 1
+    clamped, wild = ([{"labels": torch.zeros(2, dtype=torch.long), "boxes": boxes}]
+                     for boxes in (torch.tensor([[0.0, 1, 1, 0.5]] * 2), torch.tensor([[-0.4, 1.3, 7, 0.5]] * 2)))
+    a, b = (diffusion.noised_references(t, cfg, torch.Generator().manual_seed(0))[0] for t in (clamped, wild))
+    assert torch.equal(a, b)
+    images, mask, targets = batch((900, 1), size=64)
+    for name in ("dn", "dino", "diffu", "diffu_dino"):
+        built = small(name, dn_groups=1)
+        losses = matcher.Criterion(built.cfg)(built(images, mask, targets), targets)
+        losses["total"].backward()
+        assert torch.isfinite(losses["total"]), name
+
+
+def test_diffusion_all_padding_is_an_empty_photo():
+    images, mask, targets = batch((2, 0))
+    mask[1], images[1] = True, 0
+    for name in ("deformable", "dn", "dino", "diffu", "diffu_dino"):
+        built = small(name)
+        losses = matcher.Criterion(built.cfg)(built(images, mask, targets), targets)
+        losses["total"].backward()
+        with torch.no_grad():
+            outputs = built.eval()(images, mask)
+            alone = built(images[:1], mask[:1])
+        assert torch.isfinite(losses["total"]) and torch.isfinite(outputs["boxes"]).all(), name
+        assert torch.allclose(outputs["boxes"][:, :1], alone["boxes"], atol=1e-4), name
 
 
 def test_diffusion_an_oracle_decoder_gives_the_true_boxes():
     """If every evaluation predicts the truth, DDIM carries exactly the first noise down to t = 0: for any S, schedule and
     scale, the last state is the truth and that noise, mixed by alpha-bar_0; renewal leaves confident queries alone."""
     truth = torch.rand(2, 6, 4, dtype=torch.float64) * 0.6 + 0.2
-    cases = itertools.product((1, 3, 10), ("cosine", "linear", "sqrt"), (1.0, 2.0), (True, False))
-    for S, schedule, scale, renewal in cases:
-        cfg = variants.diffu.but(num_queries=6, evaluations=S, schedule=schedule, signal_scale=scale, renewal=renewal)
+    cases = itertools.product((1, 3, 10, 50), ("cosine", "linear", "sqrt"), (1.0, 2.0), (True, False), LAWS)
+    for S, schedule, scale, renewal, law in cases:
+        cfg = variants.diffu.but(num_queries=6, evaluations=S, schedule=schedule, signal_scale=scale, renewal=renewal,
+                                 noise=law)
         rates = diffusion.signal_rates(schedule, 100)
         seen, states = [], []
 
-        def oracle(reference, t):
+        def oracle(reference, t, rows):
             seen.append(reference)
             return torch.full((1, 2, 6, 3), 9.0, dtype=torch.float64), truth[None]
 
         with mock.patch.object(diffusion, "ddim_step",
                                lambda *a, step=diffusion.ddim_step: states.append((a[0], step(*a))) or states[-1][1]):
             (_, boxes), evaluations = diffusion.sample(oracle, 2, cfg, "cpu", torch.float64)
-        assert torch.equal(boxes[-1], truth) and len(seen) == S and len(evaluations[0]) == S
+        assert torch.equal(boxes[-1], truth) and len(seen) == S and len(evaluations) == S
         signal_, first = diffusion.to_signal(truth, scale), states[0][0]
         noise = (first - rates[99].sqrt() * signal_) / (1 - rates[99]).sqrt()
         want = rates[0].sqrt() * signal_ + (1 - rates[0]).sqrt() * noise
-        assert torch.allclose(states[-1][1], want, atol=1e-9), (S, schedule, scale, renewal)
+        assert torch.allclose(states[-1][1], want, atol=1e-7), (S, schedule, scale, renewal, law)
         assert torch.equal(seen[0], diffusion.to_boxes(first, scale))
         if renewal:                         # hopeless queries start again from fresh noise, confident ones never do
             with mock.patch.object(diffusion, "ddim_step", lambda *a: torch.full_like(a[0], 7.0)):
                 for score, kept in ((9.0, True), (-9.0, False)):
                     references = []
 
-                    def decode(reference, t):
+                    def decode(reference, t, rows):
                         references.append(reference)
                         return torch.full((1, 2, 6, 3), score, dtype=torch.float64), truth[None]
                     diffusion.sample(decode, 2, cfg, "cpu", torch.float64)
@@ -510,27 +629,114 @@ def test_diffusion_visits_the_published_times():
 
 
 def test_diffusion_is_repeatable_and_independent_of_the_batch():
-    for name in ("diffu", "diffu_dino"):
-        built = small(name).eval()
+    """For a seed, eta = 0 gives the same; a photo's boxes depend neither on the batch's size nor on the other photos,
+    nor on their generators; the ensemble of a batch is that of its photos one by one."""
+    sizes = torch.tensor([[96, 96], [72, 64]])
+    for name in ("diffu", "diffu_dino", "diffu_dino_published"):
+        built = small(name, num_classes=5).double().eval()
         images, mask, _ = batch()
+        images = images.double()
         with torch.no_grad():
             a, b = built(images, mask), built(images, mask)
             assert torch.equal(a["boxes"], b["boxes"])
             first = built(images[:1], mask[:1])
-            assert torch.allclose(first["boxes"], a["boxes"][:, :1], atol=1e-5)
+            assert torch.allclose(first["boxes"], a["boxes"][:, :1], atol=1e-9)
+            changed = built(torch.cat([images[:1], images[1:] * 2 + mask[1:, None]]), mask,
+                            generator=[torch.Generator().manual_seed(s) for s in (0, 9)])
+            assert torch.allclose(changed["boxes"][:, :1], first["boxes"], atol=1e-9)
+            assert not torch.allclose(changed["boxes"][:, 1:], a["boxes"][:, 1:], atol=1e-3)
             other = built(images[:1], mask[:1], generator=[torch.Generator().manual_seed(5)])
             assert not torch.allclose(other["boxes"], first["boxes"], atol=1e-3)
+            for i, answer in enumerate(evaluation.postprocess(a, sizes, built.cfg)):
+                alone = evaluation.postprocess(built(images[i:i + 1], mask[i:i + 1]), sizes[i:i + 1], built.cfg)[0]
+                assert torch.equal(answer["labels"], alone["labels"]), name
+                assert torch.allclose(answer["boxes"], alone["boxes"], atol=1e-6), name
+
+
+def test_diffusion_noise_is_an_images_own():
+    """x_T and all fresh noise of an image come from its own generator."""
+    seen = []
+
+    def decode(reference, t, rows):
+        seen.append(reference)
+        return torch.full((1, 2, 6, 3), -9.0), reference[None]
+
+    cfg = variants.diffu.but(num_queries=6)
+    for seeds in ((1, 2), (1, 3)):
+        diffusion.sample(decode, 2, cfg, "cpu", torch.float32, [torch.Generator().manual_seed(s) for s in seeds])
+    for a, b in zip(seen[:3], seen[3:]):
+        assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
+    assert not torch.equal(seen[0], seen[1])
+    assert "one per image" in error_of(diffusion.sample, decode, 2, cfg, "cpu", torch.float32, [torch.Generator()])
+
+
+def test_diffusion_renewal_for_any_t():
+    """A query is kept if its score is above t_next / T, whatever T is."""
+    steps = []
+
+    def decode(reference, t, rows):
+        return torch.tensor([0.44, 0.46]).logit().expand(1, 1, 1, 2).transpose(2, 3), reference[None]
+
+    for timesteps, want in ((20, [False, True]), (100, [False, False]), (1000, [False, False])):
+        cfg = variants.diffu.but(num_queries=2, timesteps=timesteps, evaluations=2)
+        diffusion.sample(decode, 1, cfg, "cpu", torch.float32, watch=steps.append)
+        assert steps[-2]["keep"].tolist() == [want] and steps[-1]["keep"].all(), timesteps
+
+
+def test_diffusion_survivors_keep_their_queries():
+    """Later evaluations see the best share only, each with its own reference; the others' answers stay in the ensemble."""
+    score = torch.tensor([[3.0, 9, 5, 8, 2, 7, 1, 6], [9, 8, 7, 6, 5, 4, 3, 2]])
+    calls, steps = [], []
+
+    def decode(reference, t, rows):
+        calls.append((reference, rows))
+        return (score.gather(1, rows)[None, ..., None] - 20 * (t[0] < 99)).expand(-1, -1, -1, 3), reference[None]
+
+    cfg = variants.diffu.but(num_queries=8, survivors=0.5, renewal=False, detections=24)
+    (logits, boxes), best = diffusion.sample(decode, 2, cfg, "cpu", torch.float32, watch=steps.append)
+    assert [r.tolist() for _, r in calls[1:]] == [[[1, 3, 5, 7], [0, 1, 2, 3]]] * 2
+    assert logits.shape == (1, 2, 4, 3) and [b["scores"].shape[1] for b in best] == [24, 12, 12]
+    assert [len(s["keep"][0]) for s in steps] == [8, 4, 4]
+    # With the reference as the answer, DDIM only takes noise away: a survivor stays on its own line from x_T.
+    x_T = calls[0][0].gather(1, calls[1][1][..., None].expand(-1, -1, 4))
+    inside = ((x_T > 0) & (x_T < 1)).all(-1)
+    assert inside.any() and ((calls[1][0] - 0.5)[inside] * (x_T - 0.5)[inside] >= 0).all()
+    everyone = diffusion.sample(decode, 2, cfg.but(survivors=1.0), "cpu", torch.float32)[0]
+    assert everyone[1].shape == (1, 2, 8, 4)
+    for share in (0.0, -1.0, 1.5):
+        assert "survivors" in error_of(variants.diffu.but, survivors=share, kind=variants.ConfigError)
+
+
+def test_diffusion_memory_does_not_grow_with_evaluations():
+    """Of an evaluation that is over, neither its logits nor its boxes are still held: only the best pairs."""
+    held, alive = [], []
+
+    def decode(reference, t, rows):
+        logits = torch.randn(2, 1, 50, 100)
+        held.append(weakref.ref(logits))
+        alive.append(sum(r() is not None for r in held))
+        return logits, reference[None].expand(2, -1, -1, -1)
+
+    cfg = variants.diffu.but(num_queries=50, evaluations=20)
+    _, best = diffusion.sample(decode, 1, cfg, "cpu", torch.float32)
+    assert max(alive) <= 2 and len(best) == 20 and best[0]["scores"].shape == (1, 100)                       # the new one and the one before
 
 
 def test_diffusion_backbone_and_encoder_run_once():
+    """So do the decoder's projections of the memory; projecting it in every evaluation gives the same, as a check."""
     built = small("diffu", evaluations=4).eval()
-    calls = collections.Counter()
-    for part, name in ((built.backbone, "backbone"), (built.encoder[0], "encoder"), (built.decoder[0], "decoder")):
+    calls, layer = collections.Counter(), built.decoder[0]
+    parts = dict(backbone=built.backbone, encoder=built.encoder[0], decoder=layer, values=layer.cross_attn.value_proj)
+    for name, part in parts.items():
         part.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    images, mask, _ = batch()
     with torch.no_grad():
-        outputs = built(*batch()[:2])
-    assert calls == {"backbone": 1, "encoder": 1, "decoder": 4}
-    assert outputs["evaluations"]["boxes"].shape == (4, 2, 20, 4)
+        outputs = built(images, mask)
+        assert calls == {"backbone": 1, "encoder": 1, "decoder": 4, "values": 1}
+        anew = bench.Unreused(built.cfg).eval()
+        anew.load_state_dict(built.state_dict())
+        assert all(torch.equal(anew(images, mask)[key], outputs[key]) for key in ("logits", "boxes"))
+    assert [e["boxes"].shape for e in outputs["evaluations"]] == [(2, 100, 4)] * 4     # the best of 20 queries x 5 classes
 
 
 # ===================================================================================================== model.py
@@ -912,10 +1118,10 @@ def test_parity_diffu_dino_sampling():
     model = published_model("diffu_dino_published", {"class_embed.5.bias": -18.6}, {r"class_embed\.5\.weight": 8.0})
     images, mask, _ = fill_batch(80)
     noise = [torch.from_numpy(name_rng(f"noise{k}").standard_normal((1, 900, 4)))[0] for k in range(4)]
+    steps = []
     with torch.no_grad(), pinned_draws(randn=noise):
-        outputs = model(images[:1, :, :, :416], mask[:1, :, :416])
-    score = outputs["evaluations"]["logits"].sigmoid().amax(-1)[:, 0]
-    assert [(score[0] > 0.66).sum().item(), (score[1] > 0.33).sum().item()] == [101, 873]         # what renewal keeps
+        outputs = model(images[:1, :, :, :416], mask[:1, :, :416], watch=steps.append)
+    assert [step["keep"].sum().item() for step in steps[:2]] == [101, 873]                        # what renewal keeps
     answer = evaluation.postprocess(outputs, torch.tensor([[320, 416]]), model.cfg)[0]
     assert len(answer["scores"]) == 300
     assert answer["labels"][:8].tolist() == [1, 1, 55, 55, 55, 1, 1, 1]
@@ -1646,7 +1852,7 @@ def test_data_toy_boxes_are_tight():
     toys, classes, sides, counts, shifts = data.ToyShapes(150), set(), [], set(), []
     for i in range(len(toys)):
         image, boxes, labels = toys.read(i)
-        shapes = toys.scene(i)[1]
+        shapes = toy.scene(f"toy 0 {i}", 128)[1]
         counts.add(len(shapes))
         assert image.size == (128, 128) and boxes.dtype == np.float32 and (boxes >= 0).all() and (boxes <= 128).all()
         sides += (boxes[:, 2:] - boxes[:, :2]).max(1).tolist()
@@ -1880,7 +2086,7 @@ class _Oracle(nn.Module):
     def key(image):
         return tuple(image[:, :8, :8].flatten().tolist())
 
-    def forward(self, images, mask, targets=None):
+    def forward(self, images, mask, targets=None, watch=None):
         assert not self.training and not torch.is_grad_enabled() and targets is None
         assert mask.dtype == torch.bool and mask.shape == images[:, 0].shape
         self.calls += 1
@@ -1890,8 +2096,8 @@ class _Oracle(nn.Module):
         return dict(logits=torch.cat([-logits, logits]), boxes=torch.cat([1 - boxes, boxes]))
 
 
-def _toy(count=6, category_ids=None):
-    return data.open_data("toy", split="val", transform=data.eval_transform(64, 64), image_size=64, toy_count=count,
+def _toy(count=6, category_ids=None, size=64):
+    return data.open_data("toy", split="val", transform=data.eval_transform(size, size), image_size=size, toy_count=count,
                           category_ids=category_ids)
 
 
@@ -1937,7 +2143,8 @@ def test_eval_postprocess_ensemble():
     sizes = torch.tensor([[480, 640], [100, 50], [333, 500]])
     for dtype in (torch.float64, torch.float32):
         outputs = _random_heads(3, seed=1, dtype=dtype)
-        found = evaluation.postprocess(dict(evaluations=outputs, logits=None, boxes=None), sizes, FOCAL)
+        best = [diffusion.best_pairs(*pair, FOCAL.detections) for pair in zip(outputs["logits"], outputs["boxes"])]
+        found = evaluation.postprocess(dict(evaluations=best, logits=None, boxes=None), sizes, FOCAL)
         removed = 0
         for i in range(3):
             rows = sum((_slow_top(outputs["logits"][s, i], outputs["boxes"][s, i], sizes[i], FOCAL) for s in range(3)), [])
@@ -1953,12 +2160,12 @@ def test_eval_postprocess_ensemble():
             rows = [(s, c, np.clip(box, 0, [width, height, width, height]).tolist()) for s, c, box in kept[:40]]
             _same(found[i], rows, 1e-9 if dtype == torch.float64 else 1e-6)
             assert found[i]["boxes"].dtype == found[i]["scores"].dtype == dtype
-            single = {key: value[:, i:i + 1] for key, value in outputs.items()}
+            single = [{key: value[i:i + 1] for key, value in answer.items()} for answer in best]
             alone = evaluation.postprocess(dict(evaluations=single), sizes[i:i + 1], FOCAL)[0]
             assert all(torch.equal(alone[key], found[i][key]) for key in alone)
         assert removed > 0                                                               # or the test tests nothing
     one = {key: value[-1:] for key, value in outputs.items()}
-    plain, sampled = (evaluation.postprocess(o, sizes, FOCAL) for o in (one, dict(evaluations=one)))
+    plain, sampled = (evaluation.postprocess(o, sizes, FOCAL) for o in (one, dict(evaluations=best[-1:])))
     for a, b in zip(plain, sampled):                     # one evaluation: no NMS
         assert torch.equal(a["scores"], b["scores"]) and torch.equal(a["labels"], b["labels"])
 
@@ -2122,6 +2329,29 @@ def test_eval_predict():
         assert code == 2 and "overwrite" in complained
 
 
+def test_eval_trajectory():
+    """From noise to detections: one strip with a panel for each state, one film with every evaluation in it."""
+    dataset = _toy(1, size=96)
+    built = small("diffu", evaluations=2).eval()
+    for head in built.bbox_embed:                                     # untrained heads would leave every box where it is
+        nn.init.normal_(head[-1].weight)
+    meta = _meta(dataset) | dict(variant="diffu", recipe=dict(image_size=96, max_size=96))
+    with tempfile.TemporaryDirectory() as folder:
+        dataset.read(0)[0].save(os.path.join(folder, "shapes.png"))
+        arguments = "--weights", os.path.join(folder, "x.pth"), "--images", os.path.join(folder, "shapes.png"), "--device", "cpu"
+        code, _, complained = _command(*arguments, "--trajectory", "--score", 0, checkpoint=(built, meta))
+        assert code == 0, complained
+        made = os.path.join(folder, "predictions", "shapes-trajectory")
+        with Image.open(made + ".png") as strip, Image.open(made + ".webp") as film:
+            assert strip.width > 4 * 360 and strip.height < 2 * 360                    # noise, two evaluations, detections
+            assert film.n_frames == 2 * 8 + 1 and film.size == (480, 480)
+            panels = [strip.crop((12 + i * 372, 60, 360 + i * 372, 400)).tobytes() for i in range(4)]
+        assert len(set(panels)) == 4
+        code, _, complained = _command("--weights", "x.pth", "--data", "toy", "--trajectory", "--device", "cpu",
+                                       checkpoint=(built, meta))
+        assert code == 2 and "--images" in complained
+
+
 def test_eval_command_scores_data():
     dataset = data.open_data("toy", split="val", transform=data.eval_transform(64, 64), image_size=64)
     meta, model = _meta(dataset), _Oracle(_toy(4))
@@ -2145,7 +2375,8 @@ def test_eval_command_errors():
         for arguments, hint in (
                 ((), "--data"), (("--data", "toy", "--images", "a.jpg"), "--images"),
                 (("--data", "toy", "--limit", "0"), "--limit"), (("--images", folder), "no photos"),
-                (("--data", "toy", "--evaluations", "3"), "diffusion"), (("--data", folder + "/no"), "no")):
+                (("--data", "toy", "--evaluations", "3"), "diffusion"), (("--images", "a.jpg", "--trajectory"), "diffusion"),
+                 (("--data", folder + "/no"), "no")):
             code, _, complained = _command("--weights", folder + "/x.pth", "--device", "cpu", *arguments,
                                            checkpoint=checkpoint)
             assert code == 2 and "error: " in complained and hint in complained and "Traceback" not in complained, arguments
@@ -2159,12 +2390,12 @@ TINY_RUN = ["--image-size", "64", "--max-size", "64", "--queries", "10", "--d-mo
 
 def coco_folder(folder, photos=6):
     """A small data set of toy shapes in COCO's layout, with category ids 7, 9, ..."""
-    toy = data.ToyShapes(photos, size=64)
+    shapes = data.ToyShapes(photos, size=64)
     for split in ("train2017", "val2017"):
         (folder / split).mkdir(parents=True)
-        truth = copy.deepcopy(toy.ground_truth())
+        truth = copy.deepcopy(shapes.ground_truth())
         for i, image in enumerate(truth["images"]):
-            toy.read(i)[0].save(folder / split / f"{image['id']}.png")
+            shapes.read(i)[0].save(folder / split / f"{image['id']}.png")
             image["file_name"] = f"{image['id']}.png"
         for thing in truth["categories"]:
             thing["id"] = 7 + 2 * thing["id"]
@@ -2209,17 +2440,17 @@ def test_train_every_variant_has_a_small_and_a_published_size():
     """Every row of the table can be asked for on any data; a row that names no recipe gets one."""
     for name in variants.VARIANTS:
         for data_name in ("toy", "coco", "some/folder"):
-            run, cfg, recipe = train.settle({"variant": name, "data": data_name, "backbone_weights": "none"})
+            run, cfg, recipe = options.settle({"variant": name, "data": data_name, "backbone_weights": "none"})
             assert cfg.backbone_norm == "batch" and run["preset"] == ("published" if data_name == "coco" else "small")
             assert recipe == variants.recipe(name).but(backbone_weights="none") or data_name != "coco"
     with mock.patch.dict(variants.VARIANTS, {"diffu_dn": variants.dn.but(queries="noise")}):
-        assert train.settle({"variant": "diffu_dn"})[1].queries == "noise"
-    assert train.settle({"overfit": 8})[2].steps == variants.OVERFIT_RECIPE["steps"]
-    assert train.settle({"overfit": 8, "epochs": 3})[2].steps == 0
+        assert options.settle({"variant": "diffu_dn"})[1].queries == "noise"
+    assert options.settle({"overfit": 8})[2].steps == variants.OVERFIT_RECIPE["steps"]
+    assert options.settle({"overfit": 8, "epochs": 3})[2].steps == 0
     # A larger photo is not held back by the other default; a number that is given stands.
-    assert train.settle({"image_size": 256})[2].max_size == 256
-    assert train.settle({"data": "coco", "image_size": 400})[2].max_size == 666
-    assert train.settle({"data": "coco", "image_size": 400, "max_size": 500})[2].max_size == 500
+    assert options.settle({"image_size": 256})[2].max_size == 256
+    assert options.settle({"data": "coco", "image_size": 400})[2].max_size == 666
+    assert options.settle({"data": "coco", "image_size": 400, "max_size": 500})[2].max_size == 500
 
 
 def test_train_whole_path_on_a_folder_with_its_own_classes():
@@ -2486,9 +2717,9 @@ def one_of_two(rank, port, answers):
     assert distributed.everyone([rank, 5]) == [0, 5, 1, 5] and distributed.broadcast(rank) == 0
     assert distributed.gather("ab"[rank]) == (None if rank else ["a", "b"])
     assert "write --device cuda" in error_of(distributed.own_device, "cuda:1", kind=variants.ConfigError)
-    _, cfg, recipe = train.settle({"variant": "detr"})
+    _, cfg, recipe = options.settle({"variant": "detr"})
     run = dict(data="toy", data_root=None, overfit=0, workers=0, save_steps=1, keep_every=0, device="cpu")
-    assert "choose a multiple" in error_of(train.check, run, recipe.but(batch_size=5), kind=variants.ConfigError)
+    assert "choose a multiple" in error_of(options.check, run, recipe.but(batch_size=5), kind=variants.ConfigError)
     results["scores"] = evaluation.evaluate(_doubtful(_toy(7)), _toy(7), batch_size=2, progress=False)[0]
     if rank == 0:
         torch.save(results, answers)
@@ -2541,6 +2772,30 @@ def test_distributed_torchrun_trains_scores_and_resumes():
         tests = [line for line in map(json.loads, open(out + "/log.jsonl")) if "AP" in line]
         assert [line["step"] for line in tests] == [2, 3]
         assert weights.read_checkpoint(out + "/last.pth")["step"] == 3
+
+
+# ===================================================================================================== bench.py
+
+def test_bench_ablations_are_resumed_and_never_repeated():
+    """A choice trains once, its samplings share the weights, and every score is kept."""
+    seen = []
+
+    def scored(model, dataset, **kwargs):
+        seen.append(model.cfg)
+        return {"AP": 0.25, "AP50": 0.5}, []
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
+            mock.patch.object(evaluation, "evaluate", scored), mock.patch.object(evaluation, "picture_grid"), \
+            mock.patch.object(train, "train", wraps=train.train) as trained:
+        out = Path(folder)
+        for _ in range(2):
+            assert bench.score_of(out, {"noise": "beta"}, {}, 16, 3, "toy", "none") == 0.25
+            assert bench.score_of(out, {"noise": "beta"}, {"evaluations": 5}, 16, 3, "toy", "none") == 0.25
+        assert trained.call_count == 1 and (out / "noise=beta-seed=3" / "last.pth").exists()
+        assert [(c.noise, c.evaluations) for c in seen] == [("beta", 3)] * 2 + [("beta", 5)]     # the first: in training
+        with mock.patch.object(train, "train", lambda *a: (out / "x").write_text("")), \
+                mock.patch.object(weights, "read_checkpoint", lambda path: {"step": 0}):
+            assert "goes on" in error_of(bench.score_of, out, {}, {}, 16, 3, "toy", "none", kind=SystemExit)
 
 
 # ==================================================================================================== the runner

@@ -1,6 +1,7 @@
-"""Toy shapes: pictures that need no download, with boxes that are right to a fraction of a pixel.
+"""Toy shapes: a data set that needs no download, drawn on the fly, on which a detector can be seen to learn in minutes.
 
-`scene` decides what stands where, `picture` draws it; data.py makes a data set of them.
+A scene is 1 to 6 shapes of 5 classes with tight boxes, partly behind each other. `scene` places them, `picture` draws
+them; data.py makes a data set of it.
 """
 import math
 import random
@@ -31,12 +32,12 @@ def shape_mask(name, points):
     return mask.reduce(4), tuple(low.tolist())
 
 
-def scene(seed, size):
-    """(random.Random to go on drawing with, list of (name, outline [k,2], box [x,y,w,h]) in pixels): 1 to 6 shapes."""
-    rng, shapes, hidden = random.Random(seed), [], []                      # hidden: share of each box behind others
+def scene(key, size):
+    """(random.Random to go on drawing with, list of (name, outline [k,2] px, box [x,y,w,h] px)), from `key` alone."""
+    rng, shapes, hidden = random.Random(key), [], []                      # hidden: share of each box behind others
     for _ in range(rng.randint(1, 6)):
-        name = rng.choice([*OUTLINES])
-        for _ in range(20):                                   # tries to find a place; in a full picture it is left out
+        name = rng.choice(list(OUTLINES))
+        for _ in range(20):                                    # tries to find a place; in a full picture it is left out
             cos, sin = math.cos(turn := rng.uniform(-0.3, 0.3)), math.sin(turn)
             points = OUTLINES[name] @ np.array([[cos, sin], [-sin, cos]])
             points -= points.min(0)
@@ -45,7 +46,7 @@ def scene(seed, size):
             x, y = rng.uniform(0, size - w), rng.uniform(0, size - h)
             behind = [part + max(0, min(x + w, X + W) - max(x, X)) * max(0, min(y + h, Y + H) - max(y, Y)) / (W * H)
                       for part, (_, _, (X, Y, W, H)) in zip(hidden, shapes)]
-            if max(behind, default=0) <= 0.3:       # of the box, which keeps about half of the shape in sight at worst
+            if max(behind, default=0) <= 0.3:      # of the box, which keeps about half of the shape in sight at worst
                 shapes.append((name, points + [x, y], [x, y, w, h]))
                 hidden = behind + [0]
                 break
@@ -53,12 +54,12 @@ def scene(seed, size):
 
 
 def picture(rng, shapes, size):
-    """The PIL image of a scene; later shapes lie on top."""
+    """The scene as a PIL image: a shaded, noisy ground, and the shapes in its own colours, later ones on top."""
     # Two colours of a picture differ by at least 57 levels (97 - 2 * 20) in some channel, so that edges show.
     ground, *colours = [tuple(level + rng.randint(-20, 20) for level in colour)
                         for colour in rng.sample(PALETTE, len(shapes) + 1)]
     part, across = rng.uniform(0, 1), np.linspace(-30, 30, size, dtype=np.float32)
-    ramp = part * across[:, None] + (1 - part) * across                   # [size,size]: lighter to one side, and noise
+    ramp = part * across[:, None] + (1 - part) * across                    # [size,size]: lighter to one side, and noise
     noise = np.frombuffer(rng.randbytes(size ** 2 * 3), np.uint8).reshape(size, size, 3)
     pixels = np.float32(ground) + ramp[..., None] + (noise * np.float32(0.12) - 15)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))

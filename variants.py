@@ -81,10 +81,13 @@ class Config:
     # ---- the diffusion of reference boxes (diffusion.py; read when queries are noise)
     timesteps: int = option(100, "T, the steps of the forward process")
     schedule: str = option("cosine", "noise schedule", ("cosine", "linear", "sqrt"))
+    noise: str = option("gaussian", "law of the noise; each has mean 0 and variance 1",
+                        ("gaussian", "sigmoid_gaussian", "beta"))
     signal_scale: float = option(2.0, "box coordinates become (2c - 1) * scale before noise is added")
     evaluations: int = option(3, "S: decoder evaluations at inference; backbone and encoder run once")
     eta: float = option(0.0, "DDIM's eta: 0 deterministic, 1 as much fresh noise as DDPM")
     renewal: bool = option(True, "between evaluations, replace hopeless boxes by fresh noise")
+    survivors: float = option(1.0, "share of the queries, the best first, that the later evaluations run on (1: all)")
     time: str = option("add", "how a decoder layer is told t: added after self-attention (paper), or scale and shift "
                        "before every sublayer (published code)", ("add", "scale_shift"))
     sampler: str = option("ddim", "ddim, or the published code's, for its checkpoints only", ("ddim", "published"))
@@ -148,6 +151,7 @@ class Config:
             (self.evaluations > self.timesteps,
              f"evaluations={self.evaluations}: at most timesteps={self.timesteps}"),
             (self.signal_scale <= 0, f"signal_scale={self.signal_scale}: it must be above 0"),
+            (not 0 < self.survivors <= 1, f"survivors={self.survivors}: a share above 0, at most 1"),
             (self.class_loss == "ce" and (self.denoising != "none" or self.two_stage or self.queries == "noise"),
              "denoising, two_stage and noise need class_loss=focal or vfl: ce has no score per class"),
         ]

@@ -424,8 +424,10 @@ def check_evaluation(shared, found):
     found["boxes"] = apart(out["boxes"], outputs["boxes"][-1])
     found["logits"] = apart(out["logits_first20_f64"], outputs["logits"][-1, :, :20])
     found["all logits (float32)"] = apart(out["logits"], outputs["logits"][-1])
-    found["first layer"] = max(apart(out["layer0_logits_first20"], outputs["logits"][0, :, :20]),
-                               apart(out["layer0_boxes_first20"], outputs["boxes"][0, :, :20]))
+    with torch.no_grad():                                      # again, as the sampler asks for the last layer only
+        logits, boxes = model.decode(*spy.call_args.args, t=spy.call_args.kwargs["t"])
+    found["first layer"] = max(apart(out["layer0_logits_first20"], logits[0, :, :20]),
+                               apart(out["layer0_boxes_first20"], boxes[0, :, :20]))
     sizes = torch.tensor(load_fill(shared).SIZES)
     answers = evaluation.postprocess(outputs, sizes, model.cfg)
     found["detections"] = 0.0
@@ -455,24 +457,21 @@ def check_sampling(shared, found):
     found["sampling"] = found["renewal"] = 0.0
     for S in (3, 1):
         model = published_model(shared, case, "diffu_dino_published", overrides, evaluations=S)
-        with mock.patch.object(model, "decode", wraps=model.decode) as spy, torch.no_grad(), \
-                draws(randn=noises(shared, S + 1, 1)), \
+        seen = []
+        with torch.no_grad(), draws(randn=noises(shared, S + 1, 1)), \
                 mock.patch("diffusion.signal_rates", lambda *_: Rounded(buffers)):
-            outputs = model(image, mask)
-        evaluations = outputs["evaluations"]
-        for k, call in enumerate(spy.call_args_list):
+            outputs = model(image, mask, watch=seen.append)
+        for k, step in enumerate(seen):
             prefix = f"S{S}_e{k}_"
-            score = evaluations["logits"][k, 0].sigmoid().amax(-1)
-            found["sampling"] = max(found["sampling"], apart(out[prefix + "ref"], call.args[4][0]),
-                                    apart(out[prefix + "box"], evaluations["boxes"][k, 0]),
-                                    apart(out[prefix + "logits_first20"], evaluations["logits"][k, 0, :20]),
-                                    apart(out[prefix + "maxscore"], score))
-            found["renewal"] += different(out[prefix + "keep"], score > float(out[prefix + "threshold"]))
+            found["sampling"] = max(found["sampling"], apart(out[prefix + "ref"], step["references"][0]),
+                                    apart(out[prefix + "box"], step["boxes"][0]),
+                                    apart(out[prefix + "logits_first20"], step["logits"][0, :20]),
+                                    apart(out[prefix + "maxscore"], step["logits"][0].sigmoid().amax(-1)))
+            found["renewal"] += different(out[prefix + "keep"], step["keep"][0])
         answers = {"ens_nms": (outputs, model.cfg)} if S == 3 else {"final": (outputs, model.cfg)}
         if S == 3:
-            last = {key: value[-1:] for key, value in evaluations.items()}
             answers["ens_nonms"] = outputs, model.cfg.but(ensemble_nms=1.0)
-            answers["noens"] = outputs | {"evaluations": last}, model.cfg
+            answers["noens"] = outputs | {"evaluations": outputs["evaluations"][-1:]}, model.cfg
         for name, (o, cfg) in answers.items():
             compare_answer(found, out, f"S{S}_{name}", evaluation.postprocess(o, sizes, cfg)[0])
 
@@ -579,6 +578,7 @@ def check_transforms(shared):
     sample = data.ToyShapes(1, transform=data.eval_transform())
     sample.read = lambda i: (photo, boxes, labels)
     image, target = sample[0]
+    image = data.normalised(image)
     assert image.shape[1:] == tuple(truth["resized_hw"])
     assert target["orig_size"].tolist() == truth["original_hw"].tolist()
     assert target["size"].tolist() == truth["size_out"].tolist()
