@@ -54,10 +54,13 @@ def own_device(name):
     if world() > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]}); leave --device "
                           "away, or install a torch build that fits your driver") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)                                  # where code that names no GPU works
+    return device
 
 
 def everyone(numbers):

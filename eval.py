@@ -94,9 +94,9 @@ def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, p
     image_ids = list(dataset.image_ids)[:limit]
     mine = range(distributed.rank(), len(image_ids), distributed.world())
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    truth, detections = dataset.ground_truth(), []
+    detections = []
     # A head may have labels that the data set has no category for (11 of COCO's 91): their detections are dropped.
-    exists = {category["id"] for category in truth["categories"]}
+    exists = {key for key, name in zip(dataset.category_ids, dataset.classes) if name != "N/A"}
     with answering(model) as home:
         device = device or home
         for images, mask, targets in tqdm(data.loader(dataset, batches, workers, device), "evaluating", len(batches),
@@ -113,7 +113,7 @@ def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, p
         distributed.gather(detections)
         return distributed.broadcast(None), []
     detections = sum(distributed.gather(detections), [])
-    return distributed.broadcast(coco_metrics(truth, detections, image_ids, table)), detections
+    return distributed.broadcast(coco_metrics(dataset.ground_truth(), detections, image_ids, table)), detections
 
 
 def same_names(dataset, classes, source):

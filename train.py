@@ -255,6 +255,8 @@ def train(run, cfg, recipe, checkpoint=None):
                     log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
                 begun = step
                 seconds.clear()
+            if run["keep_every"] and step % run["keep_every"] == 0:
+                save(f"step-{step}.pth")
             if interrupted():
                 save("last.pth")
                 bar.close()
@@ -262,8 +264,6 @@ def train(run, cfg, recipe, checkpoint=None):
                 if first:
                     print(f"stopped at step {step}; continue with: python train.py --resume {out}")
                 return metrics
-            if run["keep_every"] and step % run["keep_every"] == 0:
-                save(f"step-{step}.pth")
             if step % run["save_steps"] == 0 or time.time() - saved > 300:
                 save("last.pth")
             lap("saving")
@@ -317,8 +317,9 @@ def forward_backward(model, criterion, batch, device, autocast, scaler, lap):
 def open_log(path, step):
     """log.jsonl, to be appended to; lines after `step`, of a run that died after its last checkpoint, are dropped."""
     if path.exists():
-        lines = path.read_text().splitlines()
-        path.write_text("".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
+        lines, kept = path.read_text().splitlines(), path.with_suffix(".kept")
+        kept.write_text("".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
+        kept.replace(path)                                                        # whole, whenever this process is killed
     return open(path, "a", buffering=1)
 
 
