@@ -2219,6 +2219,13 @@ def test_eval_metrics_are_pycocotools():
     assert table.getvalue().splitlines() == printed.getvalue().splitlines()[-12:] and again == metrics
 
 
+def test_eval_scores_are_pycocotools_on_crowds_and_many_detections():
+    """Random truth with crowds, up to 250 detections an image of which a class keeps 100, all sizes: digit for digit."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert bench.bench_score(25, 250) is False, printed.getvalue()
+    assert "numbers are equal" in printed.getvalue() and "AP 0." in printed.getvalue()
+
+
 def test_eval_limit_and_unused_labels():
     dataset = _toy(6, category_ids=[0, *range(1, 6), 9])              # slots 0 and 6 have no category
     model = _Oracle(dataset)
