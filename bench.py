@@ -1,7 +1,7 @@
 """The speed and cost of each part, beside a peer in one run: ratios, because seconds drift and do not travel.
 
     python bench.py msda          deformable attention: every way this machine can compute it, beside plain grid_sample
-    python bench.py infer         seconds an image beside Hugging Face transformers' DETR and Deformable DETR (pip install it)
+    python bench.py infer         seconds an image beside Hugging Face transformers (pip install it): DETR, Deformable DETR
     python bench.py train         seconds a training step beside theirs, and where ours go
     python bench.py memory        a training step's peak memory: checkpointed activations; 80, 1,203 and 13,204 classes
     python bench.py data          photos a second beside the DETR recipe's; padding; annotations of COCO's size
@@ -102,8 +102,8 @@ def photo_batch(size, boxes=7):
     """One random 4:3 photo of so many pixels on its short side, and random boxes."""
     g = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, size, size * 4 // 3, generator=g)
-    targets = [dict(labels=torch.randint(1, 91, (boxes,), generator=g), boxes=torch.rand(boxes, 4, generator=g) * 0.3 + 0.2)]
-    return images, torch.zeros(1, *images.shape[2:], dtype=torch.bool), targets
+    target = dict(labels=torch.randint(1, 91, (boxes,), generator=g), boxes=torch.rand(boxes, 4, generator=g) * 0.3 + 0.2)
+    return images, torch.zeros(1, *images.shape[2:], dtype=torch.bool), [target]
 
 
 def theirs(name):
@@ -141,7 +141,8 @@ def bench_infer(runs, size):
         ours.eval(), peer.eval()
         with torch.no_grad():
             told(name, f"inference {size}", alternate({
-                "transformers": lambda: peer(images, pixel_mask=(~mask).long()), "minDETR": lambda: ours(images, mask)}, runs))
+                "transformers": lambda: peer(images, pixel_mask=(~mask).long()),
+                "minDETR": lambda: ours(images, mask)}, runs))
 
 
 def bench_train(runs, size):
@@ -190,7 +191,8 @@ def bench_train(runs, size):
 
         told(name, f"step {size}", alternate({"transformers": their_step, "minDETR": our_step}, runs))
         medians = {part: statistics.median(taken[1:]) for part, taken in parts.items()}
-        print("    " + ", ".join(f"{part} {100 * s / sum(medians.values()):.0f}%" for part, s in medians.items()), flush=True)
+        whole = sum(medians.values())
+        print("    " + ", ".join(f"{part} {100 * s / whole:.0f}%" for part, s in medians.items()), flush=True)
 
 
 @contextlib.contextmanager
@@ -284,7 +286,7 @@ def make_photos(root, count, boxes, one_file=False):
             toy.picture(generator, shapes, 640).resize((w, h)).save(path, quality=90)
         else:
             path.symlink_to(folder / f"{0:012}.jpg")
-    images = [dict(id=10 * i + 9, file_name=f"{i:012}.jpg", width=w, height=h, license=1, date_captured="2013-11-14 11:18:45",
+    images = [dict(id=10 * i + 9, file_name=f"{i:012}.jpg", width=w, height=h, license=1, date_captured="2013-11-14",
                    coco_url=f"http://images.cocodataset.org/train2017/{i:012}.jpg") for i, (w, h) in enumerate(sizes)]
     annotations = []
     for n in range(boxes):
@@ -330,7 +332,7 @@ def bench_data(runs, photos):
                              "ours": lambda: [data.collate([dataset[k] for k in keys]) for keys in order]}, runs)
         ratio = statistics.median(a / b for a, b in zip(seconds["recipe"], seconds["ours"]))
         print(f"one core, training recipe, batches of 2: recipe {40 / statistics.median(seconds['recipe']):.1f}, ours "
-              f"{40 / statistics.median(seconds['ours']):.1f} images/s, {ratio:.2f} x; pixels differ by {same:.1e}", flush=True)
+              f"{40 / statistics.median(seconds['ours']):.1f} images/s, {ratio:.2f} x; pixels differ by {same}", flush=True)
     sizes = np.array([random.Random(i).choice(SHAPES) for i in range(4000)])
     for buckets in (0, 1, 16):
         padded = total = 0
@@ -340,13 +342,13 @@ def bench_data(runs, photos):
                                                  random.Random(seed))[0] for i, seed in micro]
                 area = len(photos) * max(p.width for p in photos) * max(p.height for p in photos)
                 total, padded = total + area, padded + area - sum(p.width * p.height for p in photos)
-        print(f"padded share of the pixels, 2 photos a forward pass, --buckets {buckets}: {100 * padded / total:.1f}%", flush=True)
+        print(f"padded share of the pixels, 2 photos a forward pass, --buckets {buckets}: {padded / total:.1%}", flush=True)
     with tempfile.TemporaryDirectory() as root:
         peak_of(lambda: make_photos(root, 118_287, 860_001, one_file=True))     # in a process of its own, whose memory goes
         peak = peak_of(lambda: data.CocoFolder(root))
         before, started = private_memory(os.getpid()), time.process_time()
         dataset = data.CocoFolder(root)
-        print(f"{dataset.summary}: loaded in {time.process_time() - started:.1f} s of one core, {peak:.0f} MB while loading, "
+        print(f"{dataset.summary}: loaded in {time.process_time() - started:.1f} s of a core, {peak:.0f} MB while loading, "
               f"{private_memory(os.getpid()) - before:.0f} MB kept", flush=True)
         blank, early = Image.new("RGB", (64, 48)), None
         data.read_photo = lambda path, size: blank                 # what is measured is the annotations, not the photos
@@ -395,7 +397,8 @@ def bench_score(images, detections):
         scorer.accumulate()
         scorer.summarize()
     same = list(ours.values()) == scorer.stats.tolist()
-    print(f"pycocotools {time.time() - started:.1f} s; the twelve numbers are {'equal' if same else 'NOT equal'}: AP {ours['AP']}")
+    print(f"pycocotools {time.time() - started:.1f} s; the twelve numbers are {'equal' if same else 'NOT equal'}: "
+          f"AP {ours['AP']}")
     return not same
 
 
@@ -447,7 +450,7 @@ def bench_kill(kills, steps):
         same = all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
         same = same and all(torch.equal(x, b["optimizer"]["state"][i][k]) for i, state in a["optimizer"]["state"].items()
                             for k, x in state.items())
-        print(f"{kills} kills in a run of {steps} steps, at steps {', '.join(map(str, done))}: weights, average and optimizer "
+        print(f"{kills} kills in a run of {steps} steps, at steps {', '.join(map(str, done))}: weights, average, optimizer "
               + ("equal the uninterrupted run's bit for bit" if same else "DIFFER from the uninterrupted run's"))
         return not same
 
@@ -586,10 +589,11 @@ def score_of(out, trained, sampling, pictures, seed, dataset, amp):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["msda", "infer", "train", "memory", "data", "score", "kill", "soak", "flops", "ablate"])
+    parser.add_argument("what", choices=["msda", "infer", "train", "memory", "data", "score", "kill", "soak", "flops",
+                                         "ablate"])
     parser.add_argument("--runs", type=int, help="timed runs of each way (default: 5); kills (20)")
     parser.add_argument("--steps", type=int, help="steps of the runs of kill (default: 100) and soak (2,000)")
-    parser.add_argument("--size", type=int, help="short side of infer's, train's, flops' (default: 800) and memory's (400) images")
+    parser.add_argument("--size", type=int, help="short side of infer, train, flops (default: 800), memory (400)")
     parser.add_argument("--images", type=int, default=5000, help="score: photos")
     parser.add_argument("--variant", default="diffu_dino", help="flops: a diffusion variant")
     parser.add_argument("--pictures", type=int, default=4800, help="ablate: pictures a training sees; minutes to hours")
@@ -603,6 +607,7 @@ if __name__ == "__main__":
     sys.exit({"msda": lambda: bench_msda(runs), "infer": lambda: bench_infer(runs, size),
               "train": lambda: bench_train(runs, size), "memory": lambda: bench_memory(args.size or 400),
               "data": lambda: bench_data(runs, args.data), "score": lambda: bench_score(args.images, 300),
-              "kill": lambda: bench_kill(args.runs or 20, args.steps or 100), "soak": lambda: bench_soak(args.steps or 2000),
+              "kill": lambda: bench_kill(args.runs or 20, args.steps or 100),
+              "soak": lambda: bench_soak(args.steps or 2000),
               "flops": lambda: bench_flops(runs, args.variant, size, size * 1066 // 800),
               "ablate": lambda: bench_ablate(args.pictures, args.seeds, args.data, args.amp, args.out)}[args.what]())

@@ -72,7 +72,7 @@ class Photos(Dataset):
 
     def __getitem__(self, key):
         """[(i, seed)] augments with random.Random(seed) and nothing else; plain [i] is [(i, 0)].
-        Returns image uint8 [3,H,W], which `collate` normalises, and a dict: labels int64 [n]; boxes float32 [n,4] cx, cy, w, h in
+        Returns image uint8 [3,H,W], which `collate` normalises, and a dict: labels int64 [n]; boxes float32 [n,4] cxcywh in
         [0, 1] of this image; image_id int; orig_size and size int64 [2], (h, w) of the photo and of this image.
         A DataError is returned, not raised: raised in a worker it would end in a stack trace. `loader` raises it."""
         index, seed = key if isinstance(key, tuple) else (key, 0)

@@ -474,7 +474,7 @@ class Detector(nn.Module):
         logits, boxes = [], []
         for l, layer in enumerate(self.decoder):
             padded = None
-            if reference is not None:           # the photo's [0, 1] to that of every level's padded map: [B, Q, levels, 2|4]
+            if reference is not None:          # the photo's [0, 1] to that of every level's padded map: [B, Q, levels, 2|4]
                 scale = memory.valid.repeat(1, 1, reference.shape[-1] // 2)
                 padded = reference[:, :, None] * scale[:, None]
             if cfg.query_position == "reference":                            # DAB-DETR, Eq. 4: PE of (y, x, w, h), MLP

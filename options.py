@@ -117,8 +117,8 @@ def check(run, recipe):
         if run[name] < least:
             raise ConfigError(f"--{name.replace('_', '-')} {run[name]}: it must be at least {least}")
     if recipe.batch_size % distributed.world():
-        raise ConfigError(f"--batch-size {recipe.batch_size} is of all processes together, and {distributed.world()} cannot "
-                          "share it: choose a multiple")
+        raise ConfigError(f"--batch-size {recipe.batch_size} is of all processes together, and {distributed.world()} "
+                          "cannot share it: choose a multiple")
     distributed.own_device(run["device"])
 
 

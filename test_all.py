@@ -1917,7 +1917,8 @@ def test_data_order():
 
 
 def test_data_collate():
-    samples = [(torch.full((3, h, w), v, dtype=torch.uint8), dict(image_id=v)) for v, (h, w) in enumerate([(4, 7), (6, 5)], 1)]
+    samples = [(torch.full((3, h, w), v, dtype=torch.uint8), dict(image_id=v))
+               for v, (h, w) in enumerate([(4, 7), (6, 5)], 1)]
     images, mask, targets = data.collate(samples)
     assert images.shape == (2, 3, 6, 7) and mask.shape == (2, 6, 7) and mask.dtype == torch.bool
     assert [t["image_id"] for t in targets] == [1, 2]
@@ -2296,7 +2297,8 @@ def test_eval_compare_finds_the_crossings():
             except SystemExit as stop:
                 assert stop.code == 0
         lines = out.getvalue().splitlines()                       # 100 / step^2 < 0.4025 from step 16 on: logged at 20
-        assert lines[0] == "detr never passes the class loss floor of dn (0.1025)" and lines[1].endswith("at step 20"), lines
+        assert lines[0] == "detr never passes the class loss floor of dn (0.1025)", lines
+        assert lines[1].endswith("at step 20"), lines
         with Image.open(f"{folder}/both.png") as picture:
             assert picture.width > 1000
         for wrong, word in (["--compare", folder], "log.jsonl"), (["--compare", folder, "--weights", "x"], "needs no"), \
