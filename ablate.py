@@ -15,6 +15,7 @@ from pathlib import Path
 
 import data
 import eval as evaluation
+import options
 import train
 import weights
 
@@ -67,9 +68,9 @@ def score_of(out, trained, sampling, pictures, seed, dataset, amp):
     scores = json.loads(kept.read_text()) if kept.exists() else {}
     if name not in scores:
         if (folder / "last.pth").exists():
-            run, cfg, recipe, checkpoint = train.resumed({"resume": str(folder)})
+            run, cfg, recipe, checkpoint = options.resumed({"resume": str(folder)})
         else:
-            run, cfg, recipe = train.settle(trained | {
+            run, cfg, recipe = options.settle(trained | {
                 "variant": "diffu", "data": dataset, "seed": seed, "out": str(folder), "eval_every": 10 ** 6, "steps": 1,
                 "amp": amp})
             recipe, checkpoint = recipe.but(steps=max(1, pictures // recipe.batch_size)), None

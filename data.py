@@ -51,11 +51,15 @@ def read_photo(path, size=None):
         raise DataError(f"{path}: cannot be read as a photo ({error}). Check the path; if the file is damaged or cut "
                         f"short, copy or download it again, or remove it from the data.") from None
 
-def to_tensor(image):
-    """PIL image, RGB -> normalised float32 [3,H,W]: torchvision's to_tensor and normalize to the last bit, but with the
-    bytes turned and made float in one pass and the rest in place, which takes a quarter of the time."""
-    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255).sub_(MEAN).div_(STD)
+def to_bytes(image):
+    """PIL image, RGB -> uint8 [3,H,W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+def normalised(image, out=None):
+    """uint8 [3,H,W] -> float32 [3,H,W] (written to `out`, a part of a batch): torchvision's to_tensor and normalize to the
+    last bit, but with the bytes turned and made float in one pass and the rest in place."""
+    out = torch.empty(image.shape) if out is None else out
+    return out.copy_(image).div_(255).sub_(MEAN).div_(STD)
 
 def to_pil(image):
     """Normalised float tensor [3,H,W] -> PIL image, for people to look at."""
@@ -68,7 +72,7 @@ class Photos(Dataset):
 
     def __getitem__(self, key):
         """[(i, seed)] augments with random.Random(seed) and nothing else; plain [i] is [(i, 0)].
-        Returns image float32 [3,H,W] normalised, and a dict: labels int64 [n]; boxes float32 [n,4] cx, cy, w, h in
+        Returns image uint8 [3,H,W], which `collate` normalises, and a dict: labels int64 [n]; boxes float32 [n,4] cxcywh in
         [0, 1] of this image; image_id int; orig_size and size int64 [2], (h, w) of the photo and of this image.
         A DataError is returned, not raised: raised in a worker it would end in a stack trace. `loader` raises it."""
         index, seed = key if isinstance(key, tuple) else (key, 0)
@@ -80,8 +84,8 @@ class Photos(Dataset):
         if self.transform:
             image, boxes, labels = self.transform(image, boxes, labels, random.Random(seed))
         boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh") / torch.tensor(image.size * 2)
-        return to_tensor(image), dict(labels=torch.from_numpy(labels), boxes=boxes, image_id=self.image_ids[index],
-                                      orig_size=orig_size, size=torch.tensor(image.size[::-1]))
+        return to_bytes(image), dict(labels=torch.from_numpy(labels), boxes=boxes, image_id=self.image_ids[index],
+                                     orig_size=orig_size, size=torch.tensor(image.size[::-1]))
 
 # ============================================================================================ transforms
 def resized(w, h, size, max_size=None):
@@ -176,10 +180,10 @@ class CocoFolder(Photos):
     All is kept in a few arrays. Lists of dicts would be copied into every forked worker page by page, because reading a
     Python object writes its reference count: with COCO's 118,287 photos, gigabytes per worker."""
     def __init__(self, root, split="train2017", transform=None, category_ids=None):
-        self.folder, self.transform = os.path.join(root, split), transform
+        self.root, self.transform, folder = root, transform, os.path.join(root, split)
         self.file = file = os.path.join(root, "annotations", f"instances_{split}.json")
-        if not os.path.isfile(file) or not os.path.isdir(self.folder):
-            what, is_coco = self.folder if os.path.isfile(file) else file, "coco" in os.path.abspath(root).lower()
+        if not os.path.isfile(file) or not os.path.isdir(folder):
+            what, is_coco = folder if os.path.isfile(file) else file, "coco" in os.path.abspath(root).lower()
             raise DataError(TREE.format(root=root, what=what) + DOWNLOAD * is_coco)
         coco = _load_json(file)
         self.category_ids, self.classes, label_of = _label_map(coco["categories"], category_ids, file)
@@ -188,15 +192,21 @@ class CocoFolder(Photos):
         images = {}  # id -> record
         for record in coco["images"]:
             key = _field(record, "id", int, f"{file}: an image")
+            if record.get("coco_url") and "file_name" not in record:  # LVIS, whose halves mix those of COCO
+                record["file_name"] = os.path.join(*record["coco_url"].split("/")[-2:])
             name = _field(record, "file_name", str, f"{file}: image {key}")
             if images.setdefault(key, record)["file_name"] != name:
                 raise DataError(f"{file}: image id {key} is {images[key]['file_name']} and {name}. Give each its own.")
         if not images:
             raise DataError(f"{file}: 'images' is empty: nothing to learn from or to test on. Add photos.")
-        self.image_ids, self.names = list(images), np.array([record["file_name"] for record in images.values()])
-        present = set(os.listdir(self.folder))  # one listing: a stat per photo takes minutes on a network disk
-        absent = [i for i, name in enumerate(self.names)  # (names with a subfolder are not in the listing)
-                  if name not in present and not os.path.exists(self.path(i))]
+        self.image_ids, names = list(images), [record["file_name"] for record in images.values()]
+        present = set(os.listdir(folder))  # one listing: a stat per photo takes minutes on a network disk
+        # Names with a subfolder are not in it: they count from the split's folder or (LVIS, V3Det) from the root.
+        nested = {name for name in names if name not in present and not os.path.exists(os.path.join(folder, name))
+                  and os.path.exists(os.path.join(root, name))}
+        self.names = np.array([name if name in nested else os.path.join(split, name) for name in names])
+        absent = [i for i, name in enumerate(names)
+                  if name not in present and name not in nested and not os.path.exists(self.path(i))]
         if absent:
             raise DataError(f"{self.path(absent[0])} (image id {self.image_ids[absent[0]]}) is missing, as are "
                             f"{len(absent) - 1} other photos. Add them, or remove them from {file}.")
@@ -237,16 +247,21 @@ class CocoFolder(Photos):
         self.summary = f"{len(images)} images, {len(order)} boxes, {len(known)} classes" + f" ({notes})" * bool(notes)
 
     def path(self, i):
-        return os.path.join(self.folder, self.names[i])
+        return os.path.join(self.root, self.names[i])
 
     def read(self, i):
         """PIL image, boxes float32 [n,4] xyxy pixels inside it, labels int64 [n]. Raises DataError."""
         w, h = self.sizes[i].tolist()
-        image, span = read_photo(self.path(i), (w, h)), slice(self.offsets[i], self.offsets[i + 1])
+        image = read_photo(self.path(i), (w, h))
         if image.size != (w, h):
             raise DataError(f"{self.path(i)}: the photo is {image.width}x{image.height}, but its boxes are for {w}x{h} "
                             f"(image {self.image_ids[i]} in {self.file}). Restore the photo or correct the file.")
-        return image, self.boxes[span].copy(), self.labels[span].copy()
+        return image, *self.annotations(i)
+
+    def annotations(self, i):
+        """Boxes [n,4] and labels [n] of a photo, as copies."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return self.boxes[span].copy(), self.labels[span].copy()
 
     def ground_truth(self):
         """The file as pycocotools wants it, with crowds and boxes of no area, since published numbers count them. It is
@@ -269,6 +284,7 @@ class ToyShapes(Photos):
         self.categories = [dict(id=i, name=name) for i, name in enumerate(toy.OUTLINES, 1)]
         self.category_ids, self.classes, self.label_of = _label_map(self.categories, category_ids, "toy shapes")
         self.id_of = {category["name"]: category["id"] for category in self.categories}
+        self.sizes, self.labels, self.offsets = np.full((count, 2), size), np.zeros(0, int), np.zeros(count + 1, int)
         self.summary = f"{count} images of {size} pixels, drawn on the fly, {len(toy.OUTLINES)} classes"
 
     def read(self, i):
@@ -305,39 +321,21 @@ def open_data(data, data_root=None, split="train", transform=None, category_ids=
     return CocoFolder(data, f"{split}2017", transform, category_ids)
 
 # ============================================================================================ batches
-class BatchOrder:
-    """The order of one training epoch, a batch_sampler for DataLoader: yields lists of (index, sample seed).
-    A fresh permutation from (seed, epoch). A last, smaller batch is left out, but fewer photos than batch_size are
-    repeated to fill one. A sample's seed depends on (seed, epoch, place in the order) alone: a run that resumes after
-    `start` batches sees what it would have seen."""
-    def __init__(self, n, batch_size, seed, epoch, start=0):
-        self.n, self.batch_size, self.seed, self.epoch, self.start = n, batch_size, seed, epoch, start
-
-    def __len__(self):
-        return max(0, max(1, self.n // self.batch_size) - self.start)
-
-    def __iter__(self):
-        order = list(range(self.n))
-        random.Random(f"order {self.seed} {self.epoch}").shuffle(order)
-        for batch in range(self.start, self.start + len(self)):
-            yield [(order[place % self.n], random.Random(f"sample {self.seed} {self.epoch} {place}").getrandbits(32))
-                   for place in range(batch * self.batch_size, (batch + 1) * self.batch_size)]
-
 def collate(batch):
-    """List of samples -> images [B,3,H,W], mask [B,H,W] bool (True = padding), targets. A DataError among them: that.
-    Padding lies right and bottom and is zero after normalisation, that is, of the mean colour."""
+    """List of samples -> images float32 [B,3,H,W] normalised, mask [B,H,W] bool (True = padding), targets. A DataError
+    among them: that. Padding lies right and bottom and is zero after normalisation, that is, of the mean colour."""
     for error in batch:
         if isinstance(error, DataError):
             return error
     h, w = (max(image.shape[side] for image, _ in batch) for side in (1, 2))
     images, mask = torch.zeros(len(batch), 3, h, w), torch.ones(len(batch), h, w, dtype=torch.bool)
     for i, (image, _) in enumerate(batch):
-        images[i, :, :image.shape[1], :image.shape[2]] = image
+        normalised(image, images[i, :, :image.shape[1], :image.shape[2]])
         mask[i, :image.shape[1], :image.shape[2]] = False
     return images, mask, [target for _, target in batch]
 
 def loader(dataset, batches, workers=0, device="cpu"):
-    """Iterate over (images, mask, targets) on the CPU, in pinned memory if `device` is a GPU. batches: a BatchOrder, or
+    """Iterate over (images, mask, targets) on the CPU, in pinned memory if `device` is a GPU. batches: of order.py, or
     for evaluation lists of plain indices. Raises DataError for a photo that cannot be used and a worker that died."""
     try:
         watched = workers and hasattr(signal, "SIGCHLD")  # (not on Windows)

@@ -2,6 +2,7 @@
 
     python eval.py --weights best.pth --data coco --data-root ...      COCO's twelve numbers, and results.json
     python eval.py --weights best.pth --images cat.jpg holiday/        pictures with boxes, and predictions.json
+    python eval.py --compare out/detr-toy out/dino-toy                 runs' curves together, also while they train
     python eval.py --weights diffu.pth --images cat.jpg --trajectory   and how DiffuDETR got there, from noise on
 
 In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR, Deformable DETR and DiffuDETR),
@@ -9,25 +10,23 @@ In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR
 """
 import argparse
 import contextlib
-import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torchvision.ops import batched_nms, box_convert
 from tqdm import tqdm
 
 import data
+import distributed
 import diffusion
 import pictures
 import variants
 import weights
+from scores import coco_metrics
 
-METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
 PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 
 
@@ -86,16 +85,18 @@ def answering(model):
 def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, progress=True, table=False):
     """Run the model over a data set of data.py -> (metrics, detections).
 
-    metrics: dict of the twelve names in METRICS, 0..1, by pycocotools; -1 where there is nothing to find (no small
-    objects, say). detections: COCO's results format, [{image_id, category_id, bbox [x, y, w, h] in pixels, score}].
+    metrics: dict of the twelve names in scores.METRICS, 0..1; -1 where there is nothing to find (no small objects, say).
+    detections: COCO's results format, [{image_id, category_id, bbox [x, y, w, h] in pixels, score}].
     device: where the images go; by default the model's. limit: only the first so many images are run and scored.
-    table: print pycocotools' twelve lines.
+    table: print pycocotools' twelve lines. Of several processes each takes its share of the images; all get the metrics,
+    and process 0 all the detections.
     """
     image_ids = list(dataset.image_ids)[:limit]
-    batches = [range(len(image_ids))[i:i + batch_size] for i in range(0, len(image_ids), batch_size)]
-    truth, detections = dataset.ground_truth(), []
+    mine = range(distributed.rank(), len(image_ids), distributed.world())
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    detections = []
     # A head may have labels that the data set has no category for (11 of COCO's 91): their detections are dropped.
-    exists = {category["id"] for category in truth["categories"]}
+    exists = {key for key, name in zip(dataset.category_ids, dataset.classes) if name != "N/A"}
     with answering(model) as home:
         device = device or home
         for images, mask, targets in tqdm(data.loader(dataset, batches, workers, device), "evaluating", len(batches),
@@ -108,26 +109,11 @@ def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, p
                     key = dataset.category_ids[label]
                     if key in exists:
                         detections.append(dict(image_id=target["image_id"], category_id=key, bbox=box, score=score))
-    return coco_metrics(truth, detections, image_ids, table), detections
-
-
-def coco_metrics(truth, detections, image_ids, table=False):
-    """Score detections (results format) on the images `image_ids` of a COCO dict -> dict of METRICS; see `evaluate`."""
-    gt, dt = COCO(), COCO()
-    # loadRes would do this too, but it fails on an empty list and writes into the caller's dicts.
-    gt.dataset, dt.dataset = truth, truth | dict(annotations=[
-        d | dict(id=i, iscrowd=0, area=d["bbox"][2] * d["bbox"][3]) for i, d in enumerate(detections, 1)])
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        gt.createIndex()
-        dt.createIndex()
-        scorer = COCOeval(gt, dt, "bbox")
-        scorer.params.imgIds = image_ids
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    if table:
-        print(*printed.getvalue().splitlines()[-len(METRICS):], sep="\n")
-    return dict(zip(METRICS, scorer.stats.tolist()))
+    if distributed.rank():
+        distributed.gather(detections)
+        return distributed.broadcast(None), []
+    detections = sum(distributed.gather(detections), [])
+    return distributed.broadcast(coco_metrics(dataset.ground_truth(), detections, image_ids, table)), detections
 
 
 def same_names(dataset, classes, source):
@@ -136,15 +122,6 @@ def same_names(dataset, classes, source):
         if theirs not in ("N/A", ours):                  # the same ids may mean other things
             raise data.DataError(f"category {category} is {theirs!r} in this data, {ours!r} in {source}: give data and "
                                  "weights with the same categories (predicting with --images needs no categories)")
-
-
-def device_named(name):
-    """torch.device of a command line's --device. Raises ConfigError where there is none of that name."""
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise variants.ConfigError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]}); leave "
-                                   "--device away, or install a torch build that fits your driver") from None
 
 
 # ================================================================================================ photos and pictures
@@ -177,7 +154,8 @@ def predict(model, meta, paths, score=0.5, transform=None, folder=None, trajecto
             continue
         image, _, _ = transform(photo, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None)
         steps = []
-        found = detect(model, data.to_tensor(image), photo.size, score, steps.append if trajectory else None)
+        found = detect(model, data.normalised(data.to_bytes(image)), photo.size, score,
+                       steps.append if trajectory else None)
         result["detections"] = [
             dict(label=classes[c], category_id=meta["category_ids"][c], score=s, bbox=[x0, y0, x1 - x0, y1 - y0])
             for s, c, (x0, y0, x1, y1) in zip(*found.values())]
@@ -214,15 +192,17 @@ def picture_grid(model, dataset, path, count=8, score=0.5):
 def main(argv=None):
     """The command line; see --help. Exits with 2 on wrong input, with 1 if a photo could not be read."""
     parser = argparse.ArgumentParser(description="Score a checkpoint on a data set, or find objects in photos.")
-    parser.add_argument("--weights", required=True, type=Path, help="a checkpoint: of train.py, or a published one")
+    parser.add_argument("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
     parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's)")
     parser.add_argument("--evaluations", type=int, metavar="S", help="decoder evaluations of a diffusion model")
-    parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights)")
+    parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights); or "
+                        "--compare's picture (default: compare.png)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO layout")
     what.add_argument("--images", nargs="+", help="find objects in photos, or in folders of photos")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs' folders together")
     parser.add_argument("--score", type=float, default=0.5, help="--images: leave out detections below this")
     parser.add_argument("--trajectory", action="store_true", help="--images, diffusion models: also draw every evaluation, "
                         "from noise to detections (.png and animated .webp)")
@@ -235,7 +215,10 @@ def main(argv=None):
                         ("workers", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if bool(args.weights) == bool(args.compare):
+        parser.error("--compare needs no --weights" if args.compare else "--weights is missing: which checkpoint?")
     try:
+        distributed.start()
         sys.exit(1 if run(args, parser) else 0)
     except (data.DataError, weights.WeightsError, variants.ConfigError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
@@ -243,6 +226,9 @@ def main(argv=None):
 
 def run(args, parser):
     """Do what the command line asks for -> how many photos could not be read."""
+    if args.compare:
+        print(*pictures.compare_runs(args.compare, out := args.out or Path("compare.png")), f"curves in {out}", sep="\n")
+        return 0
     model, meta = weights.load_checkpoint(args.weights)
     if (args.evaluations or args.trajectory) and model.cfg.queries != "noise":
         parser.error(f"--evaluations and --trajectory are for diffusion models, and {args.weights} holds {meta['variant']}")
@@ -250,7 +236,8 @@ def run(args, parser):
         parser.error("--trajectory draws photos: give --images")
     if args.evaluations:
         model.cfg = model.cfg.but(evaluations=args.evaluations)
-    model.to(device_named(args.device))
+    args.device = distributed.own_device(args.device)
+    model.to(args.device)
     size = args.image_size or meta["recipe"]["image_size"]
     longest = round(size * meta["recipe"]["max_size"] / meta["recipe"]["image_size"])
     transform = data.eval_transform(size, args.max_size or longest)
@@ -261,6 +248,8 @@ def run(args, parser):
         out = out if out.suffix == ".json" else out / (f"results-{args.limit}.json" if args.limit else "results.json")
         out.parent.mkdir(parents=True, exist_ok=True)    # before the long run, not after it
         _, detections = evaluate(model, dataset, args.batch_size, args.device, args.workers, args.limit, table=True)
+        if distributed.rank():
+            return 0
         out.write_text(json.dumps(detections))
         part = f"on the first {args.limit} of " if args.limit and args.limit < len(dataset) else ""
         print(f"{meta['variant']}, {args.data}, {part}{len(dataset)} images: {len(detections)} detections in {out}")

@@ -83,32 +83,57 @@ def match(stacks, cfg):
 
 # ============================================================================================================== the loss
 
+class LayerByLayer(torch.autograd.Function):
+    """Apply function(logits[l], l) -> scalar to every layer of [L, ...] -> [L], with scratch for one layer at a time.
+
+    Focal loss needs ten arrays of its input's size. With a vocabulary of thousands they would be most of the memory of a
+    training step, six layers deep: so each layer's are dropped, and made again where its gradient is needed.
+    """
+
+    @staticmethod
+    def forward(ctx, function, logits):
+        ctx.function = function
+        ctx.save_for_backward(logits)
+        return torch.stack([function(x, layer) for layer, x in enumerate(logits)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (logits,) = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for layer, x in enumerate(logits):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                result[layer] = torch.autograd.grad(ctx.function(x, layer), x, gradient[layer])[0]
+        return None, result
+
+
 def class_loss(logits, index, labels, overlap, cfg, weight_sum, counted=None):
     """Sum of the class loss per layer [L], divided by `weight_sum` for the softmax's weighted mean.
 
     Args: logits [L, B, Q, C]; index (layer, image, query), each [K], the queries that own a target; labels [K];
     overlap [K], their GIoU with it; counted [B, Q], the queries that count (default: all).
     """
-    L, C = len(logits), logits.shape[-1]
+    C = logits.shape[-1]
     if cfg.class_loss == "ce":                                                     # DETR: the last class is "no object"
         wanted = torch.full(logits.shape[:3], C - 1, device=logits.device)
         wanted[index] = labels
         weight = torch.ones(C, device=logits.device, dtype=logits.dtype)
         weight[-1] = cfg.no_object
         loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
-        return loss.view(L, -1).sum(1) / weight_sum
-    wanted = torch.zeros_like(logits)
-    if cfg.class_loss == "focal":
-        wanted[(*index, labels)] = 1
-        loss = sigmoid_focal_loss(logits, wanted, ALPHA, GAMMA)
-    else:     # VariFocal (Zhang 2021) on GIoU, as DiffuDINO's code has it: the overlap may be negative and is not clamped
-        weight = (1 - ALPHA) * logits.detach().sigmoid() ** GAMMA
-        weight[(*index, labels)] = overlap.detach()
-        wanted[(*index, labels)] = overlap.detach()
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="none")
-    if counted is not None:
-        loss = loss * counted[None, :, :, None]
-    return loss.flatten(1).sum(1)
+        return loss.view(len(logits), -1).sum(1) / weight_sum
+    overlap = overlap.detach()
+
+    def one_layer(x, layer):                                                                                # [B, Q, C]
+        own = index[0] == layer
+        there, q = (index[1][own], index[2][own], labels[own]), overlap[own]
+        if cfg.class_loss == "focal":
+            loss = sigmoid_focal_loss(x, torch.zeros_like(x).index_put(there, x.new_ones(())), ALPHA, GAMMA)
+        else:  # VariFocal (Zhang 2021) on GIoU, as DiffuDINO's code has it: the overlap may be negative, and is not clamped
+            weight = ((1 - ALPHA) * x.detach().sigmoid() ** GAMMA).index_put(there, q)
+            loss = F.binary_cross_entropy_with_logits(x, torch.zeros_like(x).index_put(there, q), weight, reduction="none")
+        return (loss if counted is None else loss * counted[..., None]).sum()
+
+    return LayerByLayer.apply(one_layer, logits)
 
 
 class Criterion:
@@ -124,16 +149,17 @@ class Criterion:
     def __init__(self, cfg):
         self.cfg = cfg
 
-    def __call__(self, outputs, targets, step_targets=None):
+    def __call__(self, outputs, targets, step_counts=None):
         """
         Args:
             outputs: the model's.
             targets: list of B dicts with labels [G] and boxes [G, 4].
-            step_targets: the targets of the whole step, when these are one micro-batch of it: losses are divided by
-                the step's number of boxes, so that the micro-batches' losses add up to the step's.
+            step_counts: numbers of boxes of all images of the step, when these are one micro-batch of it: losses are
+                divided by the step's number of boxes, so that all micro-batches' losses, of all processes, add up to
+                the step's.
         """
         cfg = self.cfg
-        counts = [len(t["labels"]) for t in step_targets or targets]
+        counts = step_counts or [len(t["labels"]) for t in targets]
         self.num_boxes = max(sum(counts), 1)
         Q = outputs["logits"].shape[2]
         owned = sum(min(n, Q) for n in counts)

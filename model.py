@@ -15,6 +15,7 @@ Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes,
 """
 import math
 import warnings
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,16 @@ class MLP(nn.Sequential):
 
 # ============================================================================================================= backbone
 
+def folded(conv, norm, x):
+    """A convolution with the frozen batch norm after it: a scale and a shift per channel, which its weights can take."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale)
+
+
+def unchanged(x):
+    return x
+
+
 def build_backbone(cfg):
     """torchvision's ResNet up to the last stage, giving the stages that the neck reads, and their channels.
 
@@ -76,6 +87,11 @@ def build_backbone(cfg):
     if cfg.backbone_norm == "frozen":                                     # the published models never train the stem
         for p in [*body.conv1.parameters(), *body.layer1.parameters()]:
             p.requires_grad_(False)
+        modules = dict(body.named_modules())
+        for name, norm in modules.items():
+            if isinstance(norm, FrozenBatchNorm2d):              # bn1 follows conv1, downsample.1 follows downsample.0
+                conv = modules[name.replace("bn", "conv") if "bn" in name else name[:-1] + "0"]
+                conv.forward, norm.forward = partial(folded, conv, norm), unchanged
     return IntermediateLayerGetter(body, {s: str(i) for i, s in enumerate(stages)}), channels
 
 
@@ -457,6 +473,7 @@ class Detector(nn.Module):
             t = self.time_embed(torch.cat([angle.cos(), angle.sin()], -1))
         logits, boxes = [], []
         for l, layer in enumerate(self.decoder):
+            padded = None
             if reference is not None:          # the photo's [0, 1] to that of every level's padded map: [B, Q, levels, 2|4]
                 scale = memory.valid.repeat(1, 1, reference.shape[-1] // 2)
                 padded = reference[:, :, None] * scale[:, None]
@@ -465,9 +482,9 @@ class Detector(nn.Module):
                 if cfg.query_scale and l > 0:
                     pos = pos * self.query_scale(x)
 
-            def attend(attention, query):
+            def attend(attention, query, padded=padded, value=values[l]):         # theirs now: a layer may run again
                 if cfg.attention == "deformable":
-                    return attention(query, padded, values[l], memory.shapes)
+                    return attention(query, padded, value, memory.shapes)
                 return attention(query, memory.tokens + memory.pos, memory.tokens, key_padding_mask=memory.mask,
                                  need_weights=False)[0]
 

@@ -1,7 +1,7 @@
 """Pictures for people: boxes on photos, from noise to detections, pages of photos, and a run's curves.
 
 Nothing here knows a model: eval.py says what to draw. `draw` (one photo), `strip` and `film` (DiffuDETR's way from noise
-to detections), `sheet` (many photos), `plot_curves` (a log).
+to detections), `sheet` (many photos), `plot_curves` (a log), `compare_runs` (many logs).
 """
 import colorsys
 import contextlib
@@ -115,36 +115,85 @@ def sheet(drawn, titles):
     return page
 
 
+def read_log(path):
+    """A run's log.jsonl -> a function (key, least) -> [2,N]: the steps and values of a key, of values from `least` on."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):                    # a run that was killed leaves half a line
+            lines.append(json.loads(text))
+    return lambda key, least=1e-12: np.array(
+        [(line["step"], line[key]) for line in lines if line.get(key, -1) >= least]).reshape(-1, 2).T
+
+
+def smoothed(values):
+    """The mean over a thirtieth of the run around each value; the window holds fewer at the ends."""
+    window = np.ones(max(1, len(values) // 30))
+    total, held = (np.convolve(x, window, "same") for x in (values, np.ones(len(values))))
+    return total / held
+
+
 def plot_curves(log_path, out_path):
     """Draw a run's log.jsonl: losses (log axis, smoothed over the raw line) and COCO AP over steps -> an image file."""
     from matplotlib.figure import Figure            # not pyplot: no display, no global state; here: slow to import
-    lines = []
-    for text in Path(log_path).read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):                    # a run that was killed leaves half a line
-            lines.append(json.loads(text))
-
-    def series(key, least):                              # [2,N]: steps, values
-        return np.array([(line["step"], line[key]) for line in lines if line.get(key, -1) >= least]).reshape(-1, 2).T
-
+    series = read_log(log_path)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for key, name, colour in (("loss", "total", "black"), ("loss_class", "class", "tab:blue"),
                               ("loss_bbox", "L1", "tab:orange"), ("loss_giou", "GIoU", "tab:green")):
         for key, name, style in ((key, name, "-"), (f"{key}_dn", f"{name}, denoising", "--")):
-            steps, values = series(key, 1e-12)
+            steps, values = series(key)
             if len(steps):
-                window = np.ones(max(1, len(steps) // 30))           # it holds fewer values at the ends
-                smooth, held = (np.convolve(x, window, "same") for x in (values, np.ones(len(steps))))
                 left.plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
-                left.plot(steps, smooth / held, style, color=colour, label=name)
+                left.plot(steps, smoothed(values), style, color=colour, label=name)
     for key, colour in (("AP", "tab:red"), ("AP50", "tab:purple")):
         steps, values = series(key, 0)                   # pycocotools' -1 is no measurement
         if len(steps):
             right.plot(steps, values, ".-", color=colour, label=f"{key} (last: {values[-1]:.3f})")
     left.set(yscale="log", title="training loss", xlabel="step")
     right.set(ylim=(0, None), title="COCO metrics on the validation photos", xlabel="step")
-    for axis in (left, right):
+    finish(figure, (left, right), out_path)
+
+
+def finish(figure, axes, out_path):
+    for axis in axes:
         axis.grid(alpha=0.3, which="both")
         if axis.lines:
             axis.legend()
     figure.savefig(out_path, dpi=130)
+
+
+def passes(steps, values, floor):
+    """The first step from which a smoothed curve is below `floor`, or None."""
+    below = np.flatnonzero(smoothed(values) < floor)
+    return int(steps[below[0]]) if len(below) else None
+
+
+def compare_runs(folders, out_path):
+    """Draw runs' class losses (log axis) and AP together; returns a line for every pair of runs: whether the class loss
+    of one passes the other's floor (the lowest that its smoothed curve comes), and when."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    axes = figure.subplots(1, 2)
+    curves, found = {}, []
+    for n, folder in enumerate(folders):
+        series, name, colour = read_log(Path(folder) / "log.jsonl"), Path(folder).resolve().name, f"C{n}"
+        steps, values = curves[n] = series("loss_class")
+        axes[0].plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
+        axes[0].plot(steps, smoothed(values), color=colour, label=name)
+        axes[1].plot(*series("AP", 0), ".-", color=colour, label=name)
+    names = [Path(folder).resolve().name for folder in folders]
+    for a, (steps, values) in curves.items():
+        for b, (_, others) in curves.items():
+            if a == b or not len(values) or not len(others):
+                continue
+            floor = smoothed(others).min()
+            step = passes(steps, values, floor)
+            found.append(f"{names[a]} {'never passes' if step is None else 'passes'} the class loss floor of {names[b]} "
+                         f"({floor:.4g})" + ("" if step is None else f" at step {step}"))
+            if step is not None:
+                axes[0].plot([step], [floor], "o", color=f"C{a}", markersize=7)
+                axes[0].axhline(floor, color=f"C{b}", linewidth=0.8, linestyle=":")
+    axes[0].set(yscale="log", title="class loss (dots: where a run passes another's floor)", xlabel="step")
+    axes[1].set(ylim=(0, None), title="AP on the validation photos", xlabel="step")
+    finish(figure, axes, out_path)
+    return found

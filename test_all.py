@@ -1,7 +1,7 @@
 """Every test of minDETR: `python test_all.py`, `python test_all.py -k word`, or `pytest test_all.py`.
 
-In the order of the house: variants, msda, matcher, diffusion, model, published weights, data, eval, train. A test's
-name begins with what it tests. They need no network, no GPU and no data; what published code computed is here as
+In the order of the house: variants, msda, matcher, diffusion, model, published weights, data, eval, train, distributed.
+A test's name begins with what it tests. They need no network, no GPU and no data; what published code computed is here as
 numbers, for weights that are made from their names.
 """
 import argparse
@@ -19,6 +19,8 @@ import pickle
 import random
 import re
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,16 +51,20 @@ import ablate
 import bench
 import data
 import diffusion
+import distributed
 import eval as evaluation
 import matcher
 import msda
+import options
 import pictures
+import scores
 import toy
 import train
 import variants
 import weights
 from model import Detector, build_model
 from msda_cuda import cpu, cuda, emulate, op, plain
+from order import BatchOrder, repeat_factors
 
 HERE = Path(__file__).parent
 
@@ -498,7 +504,7 @@ def test_matcher_micro_batches_add_up_to_the_step():
         targets = [t | {"boxes": t["boxes"].double()} for t in targets]
         criterion = matcher.Criterion(built.cfg)
         whole = criterion(built(images, mask), targets)["total"]
-        parts = sum(criterion(built(images[i:i + 1], mask[i:i + 1]), targets[i:i + 1], step_targets=targets)["total"]
+        parts = sum(criterion(built(images[i:i + 1], mask[i:i + 1]), targets[i:i + 1], [len(t["labels"]) for t in targets])["total"]
                     for i in range(2))
         assert abs(whole - parts) < 1e-9 * abs(whole), name
 
@@ -1701,7 +1707,7 @@ def test_data_photo_bad():
 
 def test_data_normalise_and_back():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 31, 3), dtype=np.uint8))
-    tensor = data.to_tensor(image)
+    tensor = data.normalised(data.to_bytes(image))
     theirs = TF.normalize(TF.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert torch.equal(tensor, theirs) and tensor.is_contiguous()
     assert np.array_equal(np.asarray(data.to_pil(tensor)), np.asarray(image))
@@ -1845,7 +1851,7 @@ def test_data_coco_items():
         assert folder.summary == ("4 images, 5 boxes, 2 classes (3 boxes of no area dropped, 2 boxes clipped to the "
                                   "photo, 1 crowds left out)"), folder.summary
         image, target = folder[1]
-        assert image.shape == (3, 40, 60) and image.dtype == torch.float32
+        assert image.shape == (3, 40, 60) and image.dtype == torch.uint8
         pixels = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([60., 40., 60., 40.])
         assert torch.allclose(pixels, torch.tensor([[10., 10, 30, 20], [50, 30, 60, 40], [0, 5, 5, 15]]), atol=1e-4)
         assert target["labels"].tolist() == [0, 0, 0] and target["labels"].dtype == torch.int64
@@ -1999,7 +2005,7 @@ def test_data_repeatable():
     assert torch.equal(first[0], again[0]) and torch.equal(first[1]["boxes"], again[1]["boxes"])
     assert len({toys[3, seed][0].shape for seed in range(20)}) > 3, "seeds do not matter"
     assert torch.equal(toys[3][0], toys[3, 0][0])
-    order = data.BatchOrder(12, 4, seed=0, epoch=2)
+    order = BatchOrder(12, 4, seed=0, epoch=2)
     alone, helped = (list(data.loader(toys, order, workers)) for workers in (0, 2))
     assert len(alone) == len(helped) == 3
     for (a, am, at), (b, bm, bt) in zip(alone, helped):
@@ -2058,35 +2064,79 @@ def test_data_toy_deterministic():
 # ---- batches
 
 def test_data_order():
-    order = data.BatchOrder(10, 3, seed=5, epoch=1)
+    order = BatchOrder(10, 3, seed=5, epoch=1)
     batches = list(order)
     assert len(order) == len(batches) == 3 and all(len(batch) == 3 for batch in batches)
     indices = [index for batch in batches for index, _ in batch]
     assert len(set(indices)) == 9 and set(indices) < set(range(10))
     assert len({seed for batch in batches for _, seed in batch}) == 9
-    assert batches == list(data.BatchOrder(10, 3, 5, 1)), "not repeatable"
+    assert batches == list(BatchOrder(10, 3, 5, 1)), "not repeatable"
     for start in range(5):
-        rest = data.BatchOrder(10, 3, 5, 1, start=start)
+        rest = BatchOrder(10, 3, 5, 1, start=start)
         assert list(rest) == batches[start:] and len(rest) == len(batches[start:])
-    later = [seed for batch in data.BatchOrder(10, 3, 5, 2) for _, seed in batch]
+    later = [seed for batch in BatchOrder(10, 3, 5, 2) for _, seed in batch]
     assert not set(later) & {seed for batch in batches for _, seed in batch}, "every epoch augments alike"
-    assert list(data.BatchOrder(10, 3, 5, 2)) != batches != list(data.BatchOrder(10, 3, 6, 1))
-    (few,) = data.BatchOrder(8, 16, 0, 0)
+    assert list(BatchOrder(10, 3, 5, 2)) != batches != list(BatchOrder(10, 3, 6, 1))
+    (few,) = BatchOrder(8, 16, 0, 0)
     assert len(few) == 16 and sorted(index for index, _ in few) == sorted(list(range(8)) * 2)
     assert len({seed for _, seed in few}) == 16
-    assert {index for batch in data.BatchOrder(6, 3, 0, 0) for index, _ in batch} == set(range(6))
+    assert {index for batch in BatchOrder(6, 3, 0, 0) for index, _ in batch} == set(range(6))
 
 
 def test_data_collate():
-    samples = [(torch.full((3, h, w), float(v)), dict(image_id=v)) for v, (h, w) in enumerate([(4, 7), (6, 5)], 1)]
+    samples = [(torch.full((3, h, w), v, dtype=torch.uint8), dict(image_id=v))
+               for v, (h, w) in enumerate([(4, 7), (6, 5)], 1)]
     images, mask, targets = data.collate(samples)
     assert images.shape == (2, 3, 6, 7) and mask.shape == (2, 6, 7) and mask.dtype == torch.bool
     assert [t["image_id"] for t in targets] == [1, 2]
     for image, blank, v, (h, w) in zip(images, mask, (1, 2), [(4, 7), (6, 5)]):
-        assert (image[:, :h, :w] == v).all() and not blank[:h, :w].any()
-        assert image.sum() == 3 * h * w * v and (~blank).sum() == h * w, "padding is not right and bottom"
+        assert torch.equal(image[:, :h, :w], ((v / 255 - data.MEAN) / data.STD).expand(3, h, w)) and not blank[:h, :w].any()
+        assert image[:, blank].eq(0).all() and (~blank).sum() == h * w, "padding is not right and bottom"
     error = data.DataError("broken")
     assert data.collate([samples[0], error]) is error
+
+
+def test_data_order_by_shape_and_by_rarity():
+    """Buckets: the same photos, neighbours alike. Repeat factors: by hand; every epoch has as many as they say."""
+    shapes = np.random.default_rng(0).permutation(np.arange(43) / 20)
+    plain, sorted_ = (list(BatchOrder(43, 4, 0, 1, shapes=shapes, buckets=b)) for b in (0, 5))
+    chosen = [[index for index, _ in batch] for batch in sorted_]
+    assert sorted(i for b in chosen[:5] for i in b) == sorted(i for batch in plain[:5] for i, _ in batch)
+    spread = [np.mean([np.ptp(shapes[[i for i, _ in batch]]) for batch in order]) for order in (plain, sorted_)]
+    assert spread[1] < spread[0] / 2 and len(sorted_) == 10 and len({i for b in chosen for i in b}) == 40
+    assert sorted_[3:] == list(BatchOrder(43, 4, 0, 1, start=3, shapes=shapes, buckets=5))
+    # Ten photos: class 0 in all, class 1 in the last alone, whose factor is sqrt(0.4 / 0.1) = 2.
+    few = data.ToyShapes(10)
+    few.offsets, few.labels = np.array([*range(10), 11]), np.array([0] * 10 + [1])
+    factors = repeat_factors(few, 0.4)
+    assert factors.tolist() == [1] * 9 + [2]
+    factors[0] = 1.5
+    seen = collections.Counter(index for epoch in range(400) for batch in BatchOrder(10, 1, 0, epoch, factors=factors)
+                               for index, _ in batch)
+    assert sum(seen.values()) == 400 * round(factors.sum()) and set(seen) == set(range(10))
+    assert all(abs(seen[i] / 400 / (factors[i] * 12 / 11.5) - 1) < 0.06 for i in range(10)), seen
+
+
+def test_data_lvis_and_v3det_paths():
+    """A path from coco_url, of either half of COCO, and nested names below the split's folder or the root."""
+    def edit(coco, folder):
+        for nested in (os.path.join(folder, "a", "b"), os.path.join(folder, "..", "images", "n1"),
+                       os.path.join(folder, "..", "val2017")):
+            os.makedirs(nested)
+        os.rename(os.path.join(folder, "1.png"), os.path.join(folder, "..", "val2017", "1.png"))
+        os.rename(os.path.join(folder, "2.png"), os.path.join(folder, "a", "b", "2.png"))
+        os.rename(os.path.join(folder, "3.png"), os.path.join(folder, "..", "images", "n1", "3.png"))
+        for i, name in ((0, "train2017/0.png"), (1, "val2017/1.png")):
+            del coco["images"][i]["file_name"]
+            coco["images"][i]["coco_url"] = f"http://images.cocodataset.org/{name}"
+        coco["images"][2]["file_name"], coco["images"][3]["file_name"] = "a/b/2.png", "images/n1/3.png"
+
+    with _coco_folder(4, edit=edit) as root:
+        folder = data.CocoFolder(root)
+        assert [folder[i][0][0, 0, 0].item() for i in range(4)] == [0, 40, 80, 120]
+        assert folder.ground_truth()["images"][1]["id"] == 11
+        os.remove(folder.path(3))
+        _refused(lambda: data.CocoFolder(root), "3.png", "missing")
 
 
 class _Killed(torch.utils.data.Dataset):
@@ -2198,7 +2248,7 @@ class _Oracle(nn.Module):
             boxes[:n] = target["boxes"][:n]
             if cfg.class_loss == "ce":
                 logits[n:, -1] = 10.0
-            self.answers[self.key(image)] = logits, boxes
+            self.answers[self.key(data.normalised(image))] = logits, boxes
 
     @staticmethod
     def key(image):
@@ -2295,24 +2345,30 @@ def test_eval_evaluate_oracle_and_nothing():
     for cfg in (FOCAL, SOFTMAX):
         model = _Oracle(dataset, cfg).train()
         metrics, detections = evaluation.evaluate(model, dataset, batch_size=4, progress=False)
-        assert tuple(metrics) == evaluation.METRICS and model.training and model.calls == 2
+        assert tuple(metrics) == scores.METRICS and model.training and model.calls == 2
         assert abs(metrics["AP"] - 1) < 1e-6 and abs(metrics["AR100"] - 1) < 1e-6
         assert set(detections[0]) == {"image_id", "category_id", "bbox", "score"} and json.dumps(detections)
     nothing, _ = evaluation.evaluate(_Oracle(dataset, empty=True).eval(), dataset, progress=False)
     assert nothing["AP"] == 0
-    empty = evaluation.coco_metrics(dataset.ground_truth(), [], dataset.image_ids)
+    empty = scores.coco_metrics(dataset.ground_truth(), [], dataset.image_ids)
     assert empty["AP"] == 0 and empty["AR100"] == 0
     bare = dataset.ground_truth() | dict(annotations=[])
-    assert evaluation.coco_metrics(bare, [], dataset.image_ids)["AP"] == -1
+    assert scores.coco_metrics(bare, [], dataset.image_ids)["AP"] == -1
+
+
+def _doubtful(dataset):
+    """A model that is right, or shifted, or has the wrong name."""
+    model = _Oracle(dataset)
+    g = torch.Generator().manual_seed(0)
+    for logits, boxes in model.answers.values():
+        logits += 3 * torch.randn(logits.shape, generator=g)
+        boxes += 0.03 * torch.randn(boxes.shape, generator=g)
+    return model
 
 
 def test_eval_metrics_are_pycocotools():
     dataset = _toy(12)
-    model = _Oracle(dataset)
-    g = torch.Generator().manual_seed(0)
-    for logits, boxes in model.answers.values():         # some right, some shifted, some with a wrong name
-        logits += 3 * torch.randn(logits.shape, generator=g)
-        boxes += 0.03 * torch.randn(boxes.shape, generator=g)
+    model = _doubtful(dataset)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         metrics, detections = evaluation.evaluate(model, dataset, batch_size=5, progress=False)
@@ -2327,8 +2383,15 @@ def test_eval_metrics_are_pycocotools():
         scorer.summarize()
     assert list(metrics.values()) == scorer.stats.tolist()
     with contextlib.redirect_stdout(io.StringIO()) as table:
-        again = evaluation.coco_metrics(dataset.ground_truth(), detections, dataset.image_ids, table=True)
+        again = scores.coco_metrics(dataset.ground_truth(), detections, dataset.image_ids, table=True)
     assert table.getvalue().splitlines() == printed.getvalue().splitlines()[-12:] and again == metrics
+
+
+def test_eval_scores_are_pycocotools_on_crowds_and_many_detections():
+    """Random truth with crowds, up to 250 detections an image of which a class keeps 100, all sizes: digit for digit."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert bench.bench_score(25, 250) is False, printed.getvalue()
+    assert "numbers are equal" in printed.getvalue() and "AP 0." in printed.getvalue()
 
 
 def test_eval_limit_and_unused_labels():
@@ -2340,7 +2403,7 @@ def test_eval_limit_and_unused_labels():
     assert {d["image_id"] for d in detections} == set(dataset.image_ids[:3]) and model.calls == 2
     assert {d["category_id"] for d in detections} <= set(range(1, 6))
     assert abs(metrics["AP"] - 1) < 1e-6                             # the other three images are not misses
-    missed = evaluation.coco_metrics(dataset.ground_truth(), detections, dataset.image_ids)
+    missed = scores.coco_metrics(dataset.ground_truth(), detections, dataset.image_ids)
     assert missed["AP"] < 1
 
 
@@ -2384,6 +2447,33 @@ def test_eval_plot_curves():
 
 
 # ----------------------------------------------------------------------------------------------------- command line
+
+def test_eval_compare_finds_the_crossings():
+    """Two runs with known curves: where one passes the other's floor, that the other never does, and a picture."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, floor in (("detr", 0.5), ("dn", 0.1)):
+            os.makedirs(f"{folder}/{name}")
+            with open(f"{folder}/{name}/log.jsonl", "w") as log:
+                for step in range(10, 210, 10):
+                    log.write(json.dumps(dict(step=step, loss_class=floor + 100 / step ** 2)) + "\n")
+                log.write(json.dumps(dict(step=200, AP=0.3)) + "\n" + '{"step": 210, "lo')
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            try:
+                evaluation.main(["--compare", f"{folder}/detr", f"{folder}/dn", "--out", f"{folder}/both.png"])
+            except SystemExit as stop:
+                assert stop.code == 0
+        lines = out.getvalue().splitlines()                       # 100 / step^2 < 0.4025 from step 16 on: logged at 20
+        assert lines[0] == "detr never passes the class loss floor of dn (0.1025)", lines
+        assert lines[1].endswith("at step 20"), lines
+        with Image.open(f"{folder}/both.png") as picture:
+            assert picture.width > 1000
+        for wrong, word in (["--compare", folder], "log.jsonl"), (["--compare", folder, "--weights", "x"], "needs no"), \
+                (["--data", "toy"], "--weights is missing"):
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+                evaluation.main(wrong)
+            assert word in said.getvalue() and "Traceback" not in said.getvalue()
+
 
 def test_eval_predict():
     dataset = _toy(3)
@@ -2526,17 +2616,17 @@ def test_train_every_variant_has_a_small_and_a_published_size():
     """Every row of the table can be asked for on any data; a row that names no recipe gets one."""
     for name in variants.VARIANTS:
         for data_name in ("toy", "coco", "some/folder"):
-            run, cfg, recipe = train.settle({"variant": name, "data": data_name, "backbone_weights": "none"})
+            run, cfg, recipe = options.settle({"variant": name, "data": data_name, "backbone_weights": "none"})
             assert cfg.backbone_norm == "batch" and run["preset"] == ("published" if data_name == "coco" else "small")
             assert recipe == variants.recipe(name).but(backbone_weights="none") or data_name != "coco"
     with mock.patch.dict(variants.VARIANTS, {"diffu_dn": variants.dn.but(queries="noise")}):
-        assert train.settle({"variant": "diffu_dn"})[1].queries == "noise"
-    assert train.settle({"overfit": 8})[2].steps == variants.OVERFIT_RECIPE["steps"]
-    assert train.settle({"overfit": 8, "epochs": 3})[2].steps == 0
+        assert options.settle({"variant": "diffu_dn"})[1].queries == "noise"
+    assert options.settle({"overfit": 8})[2].steps == variants.OVERFIT_RECIPE["steps"]
+    assert options.settle({"overfit": 8, "epochs": 3})[2].steps == 0
     # A larger photo is not held back by the other default; a number that is given stands.
-    assert train.settle({"image_size": 256})[2].max_size == 256
-    assert train.settle({"data": "coco", "image_size": 400})[2].max_size == 666
-    assert train.settle({"data": "coco", "image_size": 400, "max_size": 500})[2].max_size == 500
+    assert options.settle({"image_size": 256})[2].max_size == 256
+    assert options.settle({"data": "coco", "image_size": 400})[2].max_size == 666
+    assert options.settle({"data": "coco", "image_size": 400, "max_size": 500})[2].max_size == 500
 
 
 def test_train_whole_path_on_a_folder_with_its_own_classes():
@@ -2559,7 +2649,8 @@ def test_train_whole_path_on_a_folder_with_its_own_classes():
 
 
 def test_train_resume_continues_as_if_never_stopped():
-    """Stop by SIGTERM in the middle of an epoch, resume: the last weights equal the uninterrupted run's, bit for bit."""
+    """Stop by SIGTERM in the middle of an epoch, cut the last checkpoint short, resume from the one before: the last
+    weights equal the uninterrupted run's, bit for bit."""
     with tempfile.TemporaryDirectory() as folder:
         common = ["--variant", "diffu_dino", "--data", str(coco_folder(Path(folder) / "boxes", photos=9)), "--steps", "5",
                   "--backbone-weights", "none", "--dropout", "0.1", "--ema", "0.9", *TINY_RUN]
@@ -2575,10 +2666,14 @@ def test_train_resume_continues_as_if_never_stopped():
             return original(*args)
 
         with mock.patch.object(train, "forward_backward", stop_in_third):
-            code, said = run_quietly(common + ["--out", cut])
+            code, said = run_quietly(common + ["--save-steps", "1", "--keep-every", "2", "--out", cut])
         assert code == 0 and len(calls) == 3 and f"--resume {cut}" in said
         assert run_quietly(["--resume", cut, "--variant", "detr"])[0] == 2
-        assert run_quietly(["--resume", cut])[0] == 0
+        os.truncate(cut + "/last.pth", 10000)
+        code, said = run_quietly(["--resume", cut])
+        assert code == 0 and "cut/last.pth: " in said and "last.prev.pth, step 2" in said, said
+        steps = [weights.read_checkpoint(p)["step"] for p in sorted(Path(cut).glob("step-*.pth"))]
+        assert steps == [2, 4] and run_quietly(["--resume", cut + "/step-4.pth", "--amp", "bf16"])[0] == 2
         a, b = (weights.read_checkpoint(Path(p) / "last.pth") for p in (whole, cut))
         assert a["step"] == b["step"] == 5
         for part in ("model", "ema"):
@@ -2638,6 +2733,80 @@ def test_train_a_run_that_dies_in_its_evaluation_catches_up():
         assert steps == [2, 2]                                                     # its one training line, its one test
 
 
+def test_train_disk_photos_and_workers_that_fail():
+    """Each ends a run with one sentence; the steps until then are saved, and the run goes on when it is mended."""
+    with tempfile.TemporaryDirectory() as folder:
+        where, out = coco_folder(Path(folder) / "boxes"), folder + "/run"
+        start = ["--variant", "detr", "--data", str(where), "--backbone-weights", "none", *TINY_RUN, "--batch-size", "2",
+                 "--save-steps", "2"]
+        with mock.patch("os.access", return_value=False):
+            code, said = run_quietly([*start, "--out", out])
+        assert code == 2 and "read-only" in said and "--out" in said and not os.path.exists(out)
+        assert "not a folder" in run_quietly([*start, "--out", str(where / "val2017" / "1.png" / "run")])[1]
+
+        original, calls = train.forward_backward, []
+
+        def go_on(at, trouble, *arguments):
+            """Run train.py; before the gradients of the at-th step something happens. Returns its code and words."""
+            def step(*args):
+                calls.append(1)
+                if len(calls) == at:
+                    trouble()
+                return original(*args)
+            with mock.patch.object(train, "forward_backward", step):
+                return run_quietly(list(arguments))
+
+        photo = where / "train2017" / "3.png"
+        whole = photo.read_bytes()
+        code, said = go_on(4, lambda: photo.write_bytes(whole[:50]), *start, "--steps", "8", "--out", out)
+        assert code == 2 and "3.png" in said and f"--resume {out}" in said and "Traceback" not in said, said
+        stopped = weights.read_checkpoint(out + "/last.pth")["step"]
+        assert stopped == len(calls) >= 4                                           # in its second epoch, and kept
+        photo.write_bytes(whole)
+        with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+            code, said = run_quietly(["--resume", out])
+        assert code == 2 and "No space left" in said and "untouched" in said and "Traceback" not in said
+        assert weights.read_checkpoint(out + "/last.pth")["step"] == stopped and not list(Path(out).glob("*.tmp"))
+
+        read = data.read_photo
+
+        def die(*args):
+            return os.kill(os.getpid(), 9) if torch.utils.data.get_worker_info() else read(*args)
+
+        with mock.patch.object(data, "read_photo", die):
+            code, said = run_quietly(["--resume", out, "--workers", "1"])
+        assert code == 2 and "worker process" in said and "--workers 0" in said and f"--resume {out}" in said, said
+        assert run_quietly(["--resume", out, "--workers", "0"])[0] == 0
+        assert weights.read_checkpoint(out + "/last.pth")["step"] == 8
+
+
+def test_train_fits_in_less():
+    """Activations computed again give the same gradients in every variant; fp16's loss scale travels with the run."""
+    for name in TRAINED:
+        images, mask, targets = batch(size=64)
+        built, results = small(name, dropout=0.1), []
+        for again in (False, True):
+            if again:
+                train.compute_again(built)
+            torch.manual_seed(1)
+            built.zero_grad()
+            matcher.Criterion(built.cfg)(built(images, mask, targets), targets)["total"].backward()
+            results.append([p.grad.clone() for p in built.parameters() if p.requires_grad])
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results)), name
+    with tempfile.TemporaryDirectory() as folder:
+        out = folder + "/half"
+        start = ["--variant", "dino", "--overfit", "2", "--out", out, *TINY_RUN, "--batch-size", "2", "--amp", "fp16",
+                 "--checkpoint-activations"]
+        with mock.patch.object(evaluation, "evaluate", return_value=({"AP": 0.0, "AP50": 0.0}, [])):   # slow on a CPU
+            assert run_quietly([*start, "--steps", "1", "--warmup", "0"])[0] == 0
+            first = weights.read_checkpoint(out + "/last.pth")
+            assert first["scaler"]["scale"] > 1
+            assert run_quietly(["--resume", out, "--steps", "2"])[0] == 0
+        second = weights.read_checkpoint(out + "/last.pth")
+        assert second["scaler"]["_growth_tracker"] + (second["scaler"]["scale"] < first["scaler"]["scale"]) > 0
+        assert all(torch.isfinite(v).all() for v in second["model"].values())
+
+
 def test_train_other_names_in_validation_are_refused():
     with tempfile.TemporaryDirectory() as folder:
         where = coco_folder(Path(folder) / "boxes")
@@ -2681,6 +2850,100 @@ def test_train_learns():
             optimizer.step()
             history.append(loss.item())
         assert sum(history[-5:]) < 0.75 * sum(history[:5]), (name, history[:5], history[-5:])
+
+# ==================================================================================================== distributed.py
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def noise_by_image(targets, cfg, generator=None, original=diffusion.noised_references):
+    """DiffuDETR's noise from the image's own boxes, so that it does not depend on which process draws it."""
+    drawn = [original([t], cfg, torch.Generator().manual_seed(int(1e9 * t["boxes"].sum()))) for t in targets]
+    return tuple(torch.cat(parts) for parts in zip(*drawn))
+
+
+def gradients_of(name, counts, mine, parallel):
+    """Losses and gradients of one variant on four images with so many boxes, of which this process has `mine`."""
+    size = dict(dilation=True, backbone="resnet50") if name == "detr_dc5" else {}
+    built = small(name, backbone_norm="frozen", label_noise=0.0, box_noise=0.0, d_model=64, ffn=64, **size).double()
+    images, mask, targets = batch(counts, size=64)
+    targets = [t | {"boxes": t["boxes"].double()} for t in targets]
+    chunks = [(images[i].double(), mask[i], [targets[k] for k in i]) for i in mine]
+    model = torch.nn.parallel.DistributedDataParallel(built) if parallel else built
+    with mock.patch.object(diffusion, "noised_references", noise_by_image):
+        losses = train.forward_backward(model, matcher.Criterion(built.cfg), chunks, torch.device("cpu"),
+                                        contextlib.nullcontext, torch.amp.GradScaler("cpu", enabled=False), lambda name: 0)
+    absent = [n for n, p in built.named_parameters() if p.requires_grad and p.grad is None]
+    assert not absent, (name, counts, absent)
+    return distributed.sums(losses), {n: p.grad for n, p in built.named_parameters() if p.requires_grad}
+
+
+def one_of_two(rank, port):
+    """A process of two: every variant on half of the images; process 0 compares with all of them on its own."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for name, counts in PARALLEL_CASES:
+        mine = [[2 * rank, 2 * rank + 1]] if sum(counts) else [[2 * rank], [2 * rank + 1]]      # or two micro-batches
+        losses, gradients = gradients_of(name, counts, mine, parallel=True)
+        if rank:
+            continue
+        with mock.patch.object(distributed, "world", lambda: 1):
+            one_losses, one_gradients = gradients_of(name, counts, [[0, 1, 2, 3]], parallel=False)
+        for key, value in one_losses.items():
+            assert abs(losses[key] - value) <= 1e-9 * max(1, abs(value)), (name, counts, key)
+        size = max(g.abs().max() for g in one_gradients.values())
+        for key, value in one_gradients.items():
+            assert (gradients[key] - value).abs().max() <= 1e-9 * size, (name, counts, key)
+    assert distributed.everyone([rank, 5]) == [0, 5, 1, 5] and distributed.broadcast(rank) == 0
+    assert distributed.gather("ab"[rank]) == (None if rank else ["a", "b"])
+    assert "write --device cuda" in error_of(distributed.own_device, "cuda:1", kind=variants.ConfigError)
+    _, cfg, recipe = options.settle({"variant": "detr"})
+    run = dict(data="toy", data_root=None, overfit=0, workers=0, save_steps=1, keep_every=0, device="cpu")
+    assert "choose a multiple" in error_of(options.check, run, recipe.but(batch_size=5), kind=variants.ConfigError)
+    shared, _ = evaluation.evaluate(_doubtful(_toy(7)), _toy(7), batch_size=2, progress=False)
+    distributed.stop()
+    assert shared == evaluation.evaluate(_doubtful(_toy(7)), _toy(7), progress=False)[0]
+
+
+# DINO's number of groups and its padding follow the fullest image of a process, which is the same one in both here.
+PARALLEL_CASES = [(name, (3, 1, 2, 3)) for name in variants.VARIANTS] + [
+    (name, counts) for name in ("detr", "diffu") for counts in ((0, 0, 2, 1), (0, 0, 0, 0))]
+PARALLEL_CASES += [("dino", (0, 0, 0, 0)), ("dn", (0, 0, 0, 0))]
+
+
+def test_distributed_two_processes_equal_one():
+    """Losses and gradients of every variant; a process without boxes; no boxes at all; every parameter takes part."""
+    torch.multiprocessing.spawn(one_of_two, (free_port(),), nprocs=2)
+
+
+def torchrun(processes, *arguments):
+    """What `torchrun train.py` says, and its exit code."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                           "--master_port", str(free_port()), "train.py", *arguments], cwd=HERE, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_distributed_torchrun_trains_scores_and_resumes():
+    """Two processes write one run, which one process can continue; an image without boxes stops nobody."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = coco_folder(Path(folder) / "boxes", photos=5)
+        file = where / "annotations" / "instances_train2017.json"
+        truth = json.loads(file.read_text())
+        truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] > 2]
+        file.write_text(json.dumps(truth))
+        out = folder + "/run"
+        code, said = torchrun(2, "--variant", "diffu_dino", "--data", str(where), "--backbone-weights", "none", "--steps",
+                              "2", "--out", out, *TINY_RUN, "--micro-batch", "1", "--dropout", "0.1")
+        assert code == 0 and said.count("done at step 2") == 1 and said.count("parameters,") == 1, said
+        assert run_quietly(["--resume", out, "--steps", "3"])[0] == 0                      # with one process
+        tests = [line for line in map(json.loads, open(out + "/log.jsonl")) if "AP" in line]
+        assert [line["step"] for line in tests] == [2, 3]
+        assert weights.read_checkpoint(out + "/last.pth")["step"] == 3
 
 
 # ==================================================================================================== ablate.py

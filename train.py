@@ -4,159 +4,41 @@
     python train.py --variant dino --data coco                 the published recipe on COCO (data/coco or $COCO_ROOT)
     python train.py --variant dino --data my/boxes             any folder in COCO's layout, with its own classes
     python train.py --resume out/diffu-toy                     continue a run that was stopped
+    torchrun --nproc_per_node 4 train.py ...                   four processes share every step (four GPUs, say)
 
-A run leaves in its folder: last.pth and best.pth, log.jsonl (one JSON object a line), curves.png, predictions.png and
-run.json (all that was chosen). Read `main`, then `train`; the rest serves them.
+A run leaves in its folder: last.pth (and last.prev.pth, the one before) and best.pth, log.jsonl (one JSON object a
+line), curves.png, predictions.png and run.json (all that was chosen). Read `main`, then `train`; the rest serves them.
 """
-import argparse
+import contextlib
 import json
 import math
-import os
-import signal
+import random
 import sys
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint as checkpointed
 from tqdm import tqdm
 
 import data
+import distributed
 import diffusion
 import eval as evaluation
+import options
 import pictures
 import variants
 import weights
 from matcher import Criterion
 from model import Detector
-from variants import Config, ConfigError, Recipe
+from order import BatchOrder, repeat_factors
+from variants import Config, ConfigError
 
-# May change when a run is resumed; everything else is what the run is.
-FREE = {"resume", "device", "workers", "data_root", "epochs", "steps", "eval_every", "micro_batch", "save_steps", "lr",
-        "lr_backbone", "clip_norm"}
-
-
-# ========================================================================================================= the command
-
-def parse(argv):
-    """The command line as a dict of what was given, plus defaults of the run's own options under `options`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS)
-    run = parser.add_argument_group("the run")
-    run.add_argument("--variant", metavar="V", help="one of " + ", ".join(variants.VARIANTS) + " (default: diffu)")
-    run.add_argument("--data", help="toy, coco, or a folder in COCO's layout (default: toy)")
-    run.add_argument("--data-root", help="where COCO is (default: $COCO_ROOT, else data/coco)")
-    run.add_argument("--preset", choices=("published", "small"), help="the paper's size and recipe (default on coco), or "
-                     "one that learns from scratch on a CPU (default on other data)")
-    run.add_argument("--out", help="the run's folder (default: out/<variant>-<data>)")
-    run.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
-    run.add_argument("--weights", metavar="FILE", help="start from this checkpoint, published or ours (fine-tuning)")
-    run.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the first N training photos")
-    run.add_argument("--freeze", help="comma-separated parts that are not trained, e.g. backbone,encoder")
-    run.add_argument("--seed", type=int, help="of weights, data order, augmentation and noise (default: 0)")
-    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    run.add_argument("--workers", type=int, help="processes that read photos (default: 2, for toy 0)")
-    run.add_argument("--amp", choices=("none", "bf16"), help="bf16: autocast; boxes stay float32 (default: none)")
-    run.add_argument("--save-steps", type=int, help="save last.pth every so many steps (default: 500), or 5 minutes")
-    for title, table in (("the model (Config; defaults are the variant's)", Config),
-                         ("the recipe (Recipe; defaults are the variant's or the preset's)", Recipe)):
-        group = parser.add_argument_group(title)
-        for f in fields(table):
-            if f.name == "num_classes":                                                       # follows from the data
-                continue
-            flag = "--" + f.name.replace("_", "-")
-            if f.type in (bool, "bool"):
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f.metadata["help"])
-            elif f.name == "queries":
-                group.add_argument(flag, metavar="SOURCE|N", help=f.metadata["help"] + "; a number sets --num-queries")
-            else:
-                group.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=f.metadata["help"],
-                                   metavar=None if f.metadata["choices"] else f.type.__name__.upper())
-    given = vars(parser.parse_args(argv))
-    if given.get("queries", "").isdigit():
-        if "num_queries" in given:
-            parser.error("--queries N and --num-queries N are the same: give one")
-        given["num_queries"] = int(given.pop("queries"))
-    return given
-
-
-def settle(given):
-    """From what was given to a whole run: (run, cfg, recipe), where run holds the options outside both tables.
-
-    Precedence: the command line, then the checkpoint of --weights, then the preset, then the variant's published row.
-    Raises ConfigError on contradictions.
-    """
-    run = dict(variant="diffu", data="toy", data_root=None, preset=None, out=None, weights=None, overfit=0, freeze="",
-               seed=0, device="cuda" if torch.cuda.is_available() else "cpu", workers=None, amp="none", save_steps=500)
-    run |= {k: v for k, v in given.items() if k in run}
-    run["workers"] = run["workers"] if run["workers"] is not None else 2 * (run["data"] != "toy")
-    if run["weights"]:
-        _, meta = weights.load_checkpoint(run["weights"])
-        for name, why in (("variant", f"which is {meta['variant']}"), ("preset", "which has its own"),
-                          ("backbone_weights", "which brings the backbone along")):
-            if given.get(name) not in (None, meta.get(name)):
-                raise ConfigError(f"--{name.replace('_', '-')} {given[name]} contradicts --weights {run['weights']}, "
-                                  f"{why}: leave it away")
-        known = dict(zip(meta["category_ids"], meta["classes"]))
-        run |= {"variant": meta["variant"], "preset": "checkpoint", "known": known}
-        row, changes = Config(**meta["config"]), {}
-        recipe = Recipe(**meta["recipe"]).but(**variants.FINE_TUNE_RECIPE)
-        if run["data"] != "toy" and not recipe.crop:                       # toy pictures' size does not suit photos
-            recipe = recipe.but(crop=True, **{k: variants.SMALL_RECIPE[k] for k in ("image_size", "max_size")})
-    else:
-        run["preset"] = run["preset"] or ("published" if run["data"] == "coco" else "small")
-        row, changes, recipe = variants.variant(run["variant"]), {}, variants.recipe(run["variant"])
-        if run["preset"] == "small":
-            changes |= variants.SMALL | ({"backbone": "resnet50"} if row.dilation else {})   # which a resnet18 cannot
-            recipe = recipe.but(**(variants.TOY_RECIPE if run["data"] == "toy" else variants.SMALL_RECIPE))
-        if given.get("backbone_weights", recipe.backbone_weights) == "none":
-            changes["backbone_norm"] = "batch"                        # frozen random statistics learn nothing
-    if run["overfit"] and not {"steps", "epochs"} & set(given):
-        recipe = recipe.but(**variants.OVERFIT_RECIPE)
-    if "image_size" in given:                                         # or the other cap would hold it back in silence
-        recipe = recipe.but(max_size=round(given["image_size"] * recipe.max_size / recipe.image_size))
-    recipe = recipe.but(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
-    cfg = row.but(**(changes | {f.name: given[f.name] for f in fields(Config) if f.name in given}))
-    check(run)
-    return run, cfg, recipe
-
-
-def check(run):
-    """Raise ConfigError for options of the run that cannot be."""
-    if run["data_root"] and run["data"] != "coco":
-        raise ConfigError("--data-root says where COCO is: write --data coco, or --data DIR alone")
-    for name, least in (("overfit", 0), ("workers", 0), ("save_steps", 1)):
-        if run[name] < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {run[name]}: it must be at least {least}")
-    evaluation.device_named(run["device"])
-
-
-def resumed(given):
-    """The stored run, cfg, recipe and checkpoint of --resume, with the given options that may change."""
-    folder = Path(given["resume"])
-    path = folder if folder.is_file() else folder / "last.pth"
-    if given.get("weights"):
-        raise ConfigError("--resume continues a run and --weights starts one: choose one")
-    if not path.exists():
-        raise ConfigError(f"--resume {given['resume']}: there is no {path}; a run saves it every --save-steps")
-    checkpoint = weights.read_checkpoint(path)
-    if checkpoint.get("format") != "minDETR" or "run" not in checkpoint:
-        raise ConfigError(f"--resume {path}: it holds a model but no run (best.pth and published files do not): resume "
-                          "last.pth, or start from it with --weights")
-    run, cfg, recipe = checkpoint["run"], checkpoint["config"], checkpoint["recipe"]
-    for name, value in given.items():
-        table = next((t for t in (run, cfg, recipe) if name in t), {})
-        if name not in FREE and table.get(name) != value:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} contradicts the run in {path}, which has "
-                              f"{table.get(name)}: leave it away, or start a new run")
-        table[name] = value
-    if "epochs" in given and "steps" not in given:
-        recipe["steps"] = 0                                         # or it would still win over --epochs
-    run["out"] = str(path.parent)
-    check(run)
-    return run, Config(**cfg), Recipe(**recipe), checkpoint
+AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ====================================================================================================== what it trains
@@ -198,12 +80,19 @@ def freeze(model, names):
     return frozen
 
 
+def compute_again(model):
+    """Let every transformer layer forget its activations, and compute them again in the backward pass (Chen 2016)."""
+    for layer in [*model.encoder, *model.decoder]:
+        layer.forward = partial(checkpointed, layer.forward, use_reentrant=False)
+
+
 # ============================================================================================================ the story
 
 def train(run, cfg, recipe, checkpoint=None):
     """Train from `checkpoint` (None: from the start) to the end, or until interrupted; returns the last metrics."""
     torch.manual_seed(run["seed"])
-    device = torch.device(run["device"])
+    device, first = distributed.own_device(run["device"]), distributed.rank() == 0
+    autocast = partial(torch.autocast, device.type, AMP[run["amp"]], enabled=run["amp"] != "none")
 
     # Data. Labels count the data's categories; a checkpoint's own label map is kept where it knows all of them.
     plain = data.eval_transform(recipe.image_size, recipe.max_size)
@@ -220,190 +109,217 @@ def train(run, cfg, recipe, checkpoint=None):
         train_set, classes = opened("train", augment, list(known)), list(known.values())
     val_set = opened("train" if run["overfit"] else "val", plain, train_set.category_ids)
     evaluation.same_names(val_set, classes, f"the training photos of {run['data']}")
-    photos = min(run["overfit"] or len(train_set), len(train_set))
+    count = min(run["overfit"] or len(train_set), len(train_set))
 
     # Model.
     if not checkpoint:
         cfg = cfg.but(num_classes=len(classes))
     model = Detector(cfg)
-    if run["weights"] and not checkpoint:
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    elif not first:
+        pass                                                    # DistributedDataParallel hands process 0's weights to all
+    elif run["weights"]:
         print(weights.fine_tune(model, run["weights"], same_classes))
-    elif not checkpoint:
+    else:
         weights.load_backbone(model, recipe.backbone_weights)
     frozen = freeze(model, filter(None, run["freeze"].split(",")))
     model.to(device)
+    parallel = model
+    if distributed.world() > 1:
+        parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     average = AveragedModel(model, multi_avg_fn=warm_ema(recipe.ema), use_buffers=True) if recipe.ema else None
+    if run["checkpoint_activations"]:
+        compute_again(model)
     criterion = Criterion(cfg)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe))
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=run["amp"] == "fp16")
     rates = [g["lr"] for g in optimizer.param_groups]
 
     # Where we are.
-    per_epoch = len(data.BatchOrder(photos, recipe.batch_size, run["seed"], 0))
+    shapes = train_set.sizes[:, 0] / train_set.sizes[:, 1]
+    factors = repeat_factors(train_set, recipe.repeat_rare)[:count] if recipe.repeat_rare else None
+    order_of = partial(BatchOrder, count, recipe.batch_size, run["seed"], factors=factors, shapes=shapes,
+                       buckets=recipe.buckets)
+    per_epoch = len(order_of(0))
     total = recipe.steps or recipe.epochs * per_epoch
     step, best, tested, saved = 0, -1.0, 0, time.time()
     out = Path(run["out"])
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint.get("scaler", {}))
         if average:
             average.load_state_dict(checkpoint["average"])
         step, best, tested = checkpoint["step"], checkpoint["best"], checkpoint["tested"]
-        torch.set_rng_state(checkpoint["rng"])
-        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
-    out.mkdir(parents=True, exist_ok=True)
-    describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
-    log = open_log(out / "log.jsonl", step)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+        describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
+        log = open_log(out / "log.jsonl", step)
 
     def save(name, whole=True):
         """Write a checkpoint; `whole` ones can be resumed."""
         nonlocal saved
         saved = time.time()
+        if not first:
+            return
         content = {"format": "minDETR", "variant": run["variant"], "config": asdict(cfg), "recipe": asdict(recipe),
                    "classes": classes, "category_ids": train_set.category_ids, "step": step,
                    "model": model.state_dict(), "ema": average.module.state_dict() if average else None}
         if whole:
             content |= {"run": run, "optimizer": optimizer.state_dict(), "best": best, "tested": tested,
-                        "rng": torch.get_rng_state(), "average": average.state_dict() if average else None,
-                        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-        weights.save(out / name, content)
+                        "scaler": scaler.state_dict(), "average": average.state_dict() if average else None}
+        weights.save(out / name, content, keep_previous=name == "last.pth")
 
     def test():
         """Evaluate, and keep what is worth keeping. The average of the weights is what counts, where there is one."""
         nonlocal best, tested
+        save("last.pth")                                             # an evaluation may take long, or fail
         started, model_now = time.time(), average.module if average else model
-        with torch.autocast(device.type, torch.bfloat16, enabled=run["amp"] == "bf16"):
+        with autocast():
             metrics, _ = evaluation.evaluate(model_now, val_set, batch_size=recipe.micro_batch, device=device,
-                                             workers=run["workers"], limit=run["overfit"] or None)
-        log.write(json.dumps({"step": step, "epoch": step // per_epoch, "seconds": round(time.time() - started, 1),
-                              **{k: round(v, 5) for k, v in metrics.items()}}) + "\n")
-        bar.write(f"step {step}: AP {metrics['AP']:.3f} AP50 {metrics['AP50']:.3f}")
-        if metrics["AP"] > best or not (out / "best.pth").exists():
-            best = metrics["AP"]
-            save("best.pth", whole=False)
-            evaluation.picture_grid(model_now, val_set, out / "predictions.png", score=0.3)
+                                             workers=run["workers"], limit=run["overfit"] or None, progress=first)
         tested = step
-        save("last.pth")
-        pictures.plot_curves(out / "log.jsonl", out / "curves.png")
+        if first:
+            log.write(json.dumps({"step": step, "epoch": step // per_epoch, "seconds": round(time.time() - started, 1),
+                                  **{k: round(v, 5) for k, v in metrics.items()}}) + "\n")
+            bar.write(f"step {step}: AP {metrics['AP']:.3f} AP50 {metrics['AP50']:.3f}")
+            if metrics["AP"] > best or not (out / "best.pth").exists():
+                best = metrics["AP"]
+                save("best.pth", whole=False)
+                evaluation.picture_grid(model_now, val_set, out / "predictions.png", score=0.3)
+            save("last.pth")
+            pictures.plot_curves(out / "log.jsonl", out / "curves.png")
         return metrics
 
     def due():
         """Whether this step's weights are to be tested: at the end of every `eval_every`th epoch and of the run."""
         return step > tested and (step >= total or step % (per_epoch * recipe.eval_every) == 0)
 
-    interrupted, restore_signals = catch_signals()
-    bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=None)
+    def photos(order):
+        """This process's share of every step. When a photo or a worker fails, what was learned until then is kept."""
+        try:
+            yield from steps_of(train_set, order, recipe.micro_batch, run["workers"], device)
+        except data.DataError as error:
+            save("last.pth")
+            raise data.DataError(f"{error} The {step} steps until then are saved: python train.py --resume {out}") from None
+
+    interrupted, restore_signals = distributed.catch_signals()
+    bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=None if first else True)
+    seconds, lap = distributed.stopwatch()
     metrics = test() if due() else {}                                   # a run that died in its evaluation catches up
     while step < total:
-        epoch, clock, seen = step // per_epoch, time.time(), 0
-        order = data.BatchOrder(photos, recipe.batch_size, run["seed"], epoch, start=step % per_epoch)
+        epoch, begun = step // per_epoch, step
         model.train()
         for part in frozen:
             part.eval()
-        for batch in steps_of(train_set, order, recipe.micro_batch, run["workers"], device):
+        lap("between epochs")
+        seconds.clear()
+        for batch in photos(order_of(epoch, start=step % per_epoch)):
+            lap("data")
+            # Noise and dropout of a step come from its number and the process's: a resumed run draws what it would have.
+            torch.manual_seed(random.Random(f"noise {run['seed']} {step} {distributed.rank()}").getrandbits(63))
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * rate_factor(step, total, recipe)
             try:
-                losses = forward_backward(model, criterion, batch, device, run["amp"])
+                losses = forward_backward(parallel, criterion, batch, device, autocast, scaler, lap)
+                scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm or math.inf)
-                if not math.isfinite(losses["total"]) or not math.isfinite(norm):
+                # In fp16 gradients may overflow: such a step is left out and the scale halved, until it says no more.
+                overflow = scaler.is_enabled() and scaler.get_scale() > 1
+                if not math.isfinite(losses["total"]) or not (overflow or math.isfinite(norm)):
                     raise FloatingPointError(f"the loss is {losses['total']}, the gradient's norm {norm}")
             except FloatingPointError as error:
                 ids = [t["image_id"] for _, _, targets in batch for t in targets]
                 where = f"; the last good state is in {out / 'last.pth'}" if (out / "last.pth").exists() else ""
                 raise FloatingPointError(f"step {step}, image ids {ids}: {error}{where}. Look at these images' boxes, or "
                                          "try a lower --lr") from None
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if average:
                 average.update_parameters(model)
+            lap("update")
             step += 1
-            seen += recipe.batch_size
             bar.update()
             if step % 10 == 0 or step == total:
-                speed = seen / (time.time() - clock)
-                clock, seen = time.time(), 0
+                losses, steps = distributed.sums(losses), step - begun
+                speed = recipe.batch_size * steps / sum(seconds.values())
                 lr = max(g["lr"] for g in optimizer.param_groups)
                 bar.set_postfix_str(f"loss {losses['total']:.3f} lr {lr:.1e} {speed:.1f} images/s")
-                if bar.disable and step % 50 == 0:                                           # not a terminal
+                if first and bar.disable and step % 50 == 0:                                 # not a terminal
                     print(f"step {step}/{total}: loss {losses['total']:.3f}, {speed:.1f} images/s", flush=True)
                 line = {"step": step, "epoch": epoch, "lr": lr, "loss": losses.pop("total"), **losses,
-                        "grad_norm": float(norm), "images_per_s": speed, "memory_mb": memory(device)}
-                log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
+                        "grad_norm": float(norm), "images_per_s": speed, "memory_mb": distributed.memory(device)}
+                line |= {f"seconds_{name}": spent / steps for name, spent in seconds.items()}
+                if first:
+                    log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
+                begun = step
+                seconds.clear()
+            if run["keep_every"] and step % run["keep_every"] == 0:
+                save(f"step-{step}.pth")
             if interrupted():
                 save("last.pth")
                 bar.close()
                 restore_signals()
-                print(f"stopped at step {step}; continue with: python train.py --resume {out}")
+                if first:
+                    print(f"stopped at step {step}; continue with: python train.py --resume {out}")
                 return metrics
-            if step == total or step % run["save_steps"] == 0 or time.time() - saved > 300:
+            if step % run["save_steps"] == 0 or time.time() - saved > 300:
                 save("last.pth")
+            lap("saving")
             if step == total:
                 break
         if due():
             metrics = test()
     restore_signals()
     bar.close()
-    print(f"done at step {step}: best AP {best:.3f}; checkpoints, log, curves and predictions are in {out}")
+    if first:
+        print(f"done at step {step}: best AP {best:.3f}; checkpoints, log, curves and predictions are in {out}")
     return metrics
 
 
 def steps_of(dataset, order, micro, workers, device):
-    """The photos of one step at a time: a list of micro-batches (images, mask, targets), each padded on its own."""
-    chunks = [[batch[i:i + micro] for i in range(0, len(batch), micro)] for batch in order]
+    """This process's photos of one step at a time: a list of micro-batches (images, mask, targets), each padded on its
+    own. Processes take neighbours, which the order may have sorted by shape."""
+    rank, world = distributed.rank(), distributed.world()
+    shares = [batch[len(batch) * rank // world:len(batch) * (rank + 1) // world] for batch in order]
+    chunks = [[share[i:i + micro] for i in range(0, len(share), micro)] for share in shares]
     batches = iter(data.loader(dataset, [c for step in chunks for c in step], workers, device))
     for step in chunks:
         yield [next(batches) for _ in step]
 
 
-def forward_backward(model, criterion, batch, device, amp):
-    """Add up the gradients of one step, micro-batch by micro-batch; returns the step's losses as floats."""
-    everything = [t for _, _, targets in batch for t in targets]
+def forward_backward(model, criterion, batch, device, autocast, scaler, lap):
+    """Add up the gradients of one step, micro-batch by micro-batch and over all processes.
+
+    Returns the losses as floats: this process's share of the step's, which are the sums of all shares.
+    """
+    # The losses are divided by the step's number of boxes, wherever these are: a share depends on all other shares.
+    counts = distributed.everyone([len(t["labels"]) for _, _, targets in batch for t in targets])
     total = {}
-    for images, mask, targets in batch:
+    for i, (images, mask, targets) in enumerate(batch, 1):
         images, mask = images.to(device, non_blocking=True), mask.to(device, non_blocking=True)
         targets = [{k: t[k].to(device, non_blocking=True) for k in ("labels", "boxes")} for t in targets]
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
-            outputs = model(images, mask, targets)
-        losses = criterion(outputs, targets, step_targets=everything)
-        losses["total"].backward()
+        alone = i < len(batch) and isinstance(model, DistributedDataParallel)      # the last one brings the sum to all
+        with model.no_sync() if alone else contextlib.nullcontext():
+            with autocast():
+                outputs = model(images, mask, targets)
+            lap("forward")
+            losses = criterion(outputs, targets, counts)
+            lap("loss")
+            scaler.scale(losses["total"] * distributed.world()).backward()   # DistributedDataParallel takes the mean
         for name, value in losses.items():
             total[name] = total.get(name, 0) + value.detach()
+        lap("backward")
     return dict(zip(total, torch.stack(list(total.values())).tolist()))
-
-
-def memory(device):
-    """Peak memory so far in MB: the GPU's, or the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        import resource
-    except ImportError:                                                                              # not on Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-
-
-def catch_signals():
-    """Let Ctrl-C and SIGTERM wait for the step in progress; a second one stops at once.
-
-    Returns a function that says whether one came, and one that puts the old handlers back.
-    """
-    came = []
-
-    def note(number, frame):
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    return lambda: bool(came), lambda: [signal.signal(s, handler) for s, handler in old.items()]
 
 
 def open_log(path, step):
     """log.jsonl, to be appended to; lines after `step`, of a run that died after its last checkpoint, are dropped."""
     if path.exists():
-        lines = path.read_text().splitlines()
-        path.write_text("".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
+        lines, kept = path.read_text().splitlines(), path.with_suffix(".kept")
+        kept.write_text("".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
+        kept.replace(path)                                                        # whole, whenever this process is killed
     return open(path, "a", buffering=1)
 
 
@@ -422,29 +338,28 @@ def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
     (out / "run.json").write_text(json.dumps({"run": run, "config": asdict(cfg), "recipe": asdict(recipe)}, indent=1))
 
 
-def free_folder(run):
-    """out/<variant>-<data>, with a number if that is taken; a folder named by --out must not hold a run already."""
-    if run["out"]:
-        if (Path(run["out"]) / "last.pth").exists():
-            raise ConfigError(f"--out {run['out']} already holds a run: --resume it, or choose another folder")
-        return run["out"]
-    name = f"out/{run['variant']}-{Path(run['data']).name}"
-    return next(p for p in [name, *(f"{name}-{i}" for i in range(2, 10 ** 6))] if not os.path.exists(p))
-
-
 def main(argv=None):
     """Returns the exit code: 0 done or stopped on request, 2 with one clear line when something is wrong."""
     try:
-        given = parse(argv)
+        given = options.parse(argv, __doc__)
+        distributed.start()
         if given.get("resume"):
-            train(*resumed(given))
+            run, *rest = options.resumed(given)
         else:
-            run, cfg, recipe = settle(given)
-            run["out"] = free_folder(run)
-            train(run, cfg, recipe)
+            run, *rest = options.settle(given)
+            run["out"] = distributed.broadcast(options.free_folder(run))
+        weights.check_folder(run["out"])
+        train(run, *rest)
+        distributed.stop()
         return 0
     except (ConfigError, data.DataError, weights.WeightsError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        process = f" (process {distributed.rank()})" if distributed.rank() else ""
+        print(f"error{process}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not distributed.left_alone(error):
+            raise
+        print(f"process {distributed.rank()}: another process of this run has ended, see what it says", file=sys.stderr)
         return 2
 
 

@@ -186,17 +186,20 @@ class Recipe:
     decay_norms: bool = option(True, "apply the decay to normalisation layers too")
     clip_norm: float = option(0.1, "clip the gradient's norm (0: do not)")
     ema: float = option(0.0, "decay of an exponential average of the weights, which is then evaluated (0: none)")
-    batch_size: int = option(16, "photos a step")
-    micro_batch: int = option(2, "photos per forward pass; a step adds up the gradients of batch_size / micro_batch")
+    batch_size: int = option(16, "photos a step, of all processes together")
+    micro_batch: int = option(2, "photos per forward pass of a process; a step adds up the gradients of all")
     image_size: int = option(800, "short side in pixels")
     max_size: int = option(1333, "long side at most")
+    buckets: int = option(0, "sort the photos of so many batches by shape before cutting them, for less padding (0: no)")
+    repeat_rare: float = option(0.0, "repeat photos of classes that fewer than this share of photos have (LVIS: 0.001)")
     crop: bool = option(True, "DETR's multi-scale resizing and random crops; off: flips only")
     backbone_weights: str = option("default", "default: torchvision's ImageNet weights; none; or a path")
     eval_every: int = option(1, "evaluate every so many epochs (and at the end)")
 
     def __post_init__(self):
         at_least(self, 1, "epochs", "batch_size", "micro_batch", "image_size", "max_size", "eval_every")
-        at_least(self, 0, "steps", "lr", "lr_backbone", "lr_points", "lr_drop", "warmup", "weight_decay", "clip_norm", "ema")
+        at_least(self, 0, "steps", "buckets", "repeat_rare", "lr", "lr_backbone", "lr_points", "lr_drop", "warmup",
+                 "weight_decay", "clip_norm", "ema")
         if self.ema >= 1:
             raise ConfigError(f"ema={self.ema}: it must be below 1, 0.999 for example")
 

@@ -11,6 +11,7 @@ Read `RULES`, `own_names`, `put`; then `detect`, which recognises a file. The re
     fine_tune(model, source)                          the same, except for another number of classes
     load_backbone(model, which)                       ImageNet weights for training from scratch
     save(path, checkpoint)                            whole, or not at all
+    read_last(folder)            -> path, checkpoint  the newest whole one of a run
 
 torch.load is only ever called with weights_only=True: a pickle that wants to run code is refused.
 """
@@ -371,10 +372,11 @@ def load_backbone(model, which):
     put(model.backbone, state, names, label, lambda: f"The model's backbone is {cfg.backbone}: see --backbone")
 
 
-def save(path, checkpoint):
+def save(path, checkpoint, keep_previous=False):
     """Write a checkpoint whole or not at all: a crash or a full disk leaves the file that was there.
 
-    Raises WeightsError naming the path.
+    keep_previous: keep that file as name.prev.pth, in case the new one is damaged later. Raises WeightsError naming the
+    path.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -383,6 +385,8 @@ def save(path, checkpoint):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())               # on the disk before the name points to it
+        if keep_previous and path.exists():
+            os.replace(path, path.with_suffix(".prev.pth"))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise WeightsError(f"{path}: cannot be written ({error}); what was there before is untouched. Make room, or "
@@ -390,3 +394,32 @@ def save(path, checkpoint):
     finally:
         with contextlib.suppress(OSError):                           # gone after the rename, or never there
             temporary.unlink()
+
+
+def read_last(path):
+    """The newest whole checkpoint of a run's folder, or the named file -> (its path, its dict).
+
+    Where last.pth is damaged (or a crash came between `save`'s two renames), the one before is taken, and said so.
+    Raises WeightsError.
+    """
+    if path.is_file():
+        return path, read_checkpoint(path)
+    path, before = path / "last.pth", path / "last.prev.pth"
+    if not path.exists() and not before.exists():
+        raise WeightsError(f"{path.parent}: there is no last.pth to resume; a run saves it every --save-steps")
+    try:
+        return path, read_checkpoint(path)
+    except WeightsError as error:
+        if not before.exists():
+            raise
+        checkpoint = read_checkpoint(before)
+        print(f"{error}\nTaking the checkpoint before it: {before}, step {checkpoint.get('step')}")
+        return before, checkpoint
+
+
+def check_folder(folder):
+    """Raise WeightsError if a run could not write here: better now than at its first checkpoint."""
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise WeightsError(f"{folder}: a run cannot be written there ({there} is "
+                           f"{'read-only' if there.is_dir() else 'not a folder'}): choose another --out")

@@ -589,6 +589,7 @@ def check_transforms(shared):
     sample = data.ToyShapes(1, transform=data.eval_transform())
     sample.read = lambda i: (photo, boxes, labels)
     image, target = sample[0]
+    image = data.normalised(image)
     assert image.shape[1:] == tuple(truth["resized_hw"])
     assert target["orig_size"].tolist() == truth["original_hw"].tolist()
     assert target["size"].tolist() == truth["size_out"].tolist()

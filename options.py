@@ -1,0 +1,155 @@
+"""From a command line to a whole run: what was asked for, what follows from it, and what cannot be.
+
+`parse` reads the command line, `settle` makes a new run of it, `resumed` goes on with a stored one. A run is (run, cfg,
+recipe): a dict of the options outside both tables of variants.py, and the two tables' rows.
+"""
+import argparse
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+import distributed
+import variants
+import weights
+from variants import Config, ConfigError, Recipe
+
+# May change when a run is resumed; everything else is what the run is.
+FREE = {"resume", "device", "workers", "data_root", "epochs", "steps", "eval_every", "micro_batch", "save_steps", "lr",
+        "lr_backbone", "clip_norm", "keep_every", "checkpoint_activations"}
+
+
+def parse(argv, description):
+    """The command line as a dict of what was given, plus defaults of the run's own options under `options`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--variant", metavar="V", help="one of " + ", ".join(variants.VARIANTS) + " (default: diffu)")
+    run.add_argument("--data", help="toy, coco, or a folder in COCO's layout (default: toy)")
+    run.add_argument("--data-root", help="where COCO is (default: $COCO_ROOT, else data/coco)")
+    run.add_argument("--preset", choices=("published", "small"), help="the paper's size and recipe (default on coco), or "
+                     "one that learns from scratch on a CPU (default on other data)")
+    run.add_argument("--out", help="the run's folder (default: out/<variant>-<data>)")
+    run.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    run.add_argument("--weights", metavar="FILE", help="start from this checkpoint, published or ours (fine-tuning)")
+    run.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the first N training photos")
+    run.add_argument("--freeze", help="comma-separated parts that are not trained, e.g. backbone,encoder")
+    run.add_argument("--seed", type=int, help="of weights, data order, augmentation and noise (default: 0)")
+    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    run.add_argument("--workers", type=int, help="processes that read photos (default: 2, for toy 0)")
+    run.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast to bf16, or to fp16 with scaled losses; "
+                     "boxes stay float32 (default: none)")
+    run.add_argument("--checkpoint-activations", action="store_true", help="compute each transformer layer again in the "
+                     "backward pass instead of keeping its activations: less memory, a fifth more time")
+    run.add_argument("--save-steps", type=int, help="save last.pth every so many steps (default: 500), or 5 minutes")
+    run.add_argument("--keep-every", type=int, metavar="N", help="keep a checkpoint of every so many steps as step-N.pth")
+    for title, table in (("the model (Config; defaults are the variant's)", Config),
+                         ("the recipe (Recipe; defaults are the variant's or the preset's)", Recipe)):
+        group = parser.add_argument_group(title)
+        for f in fields(table):
+            if f.name == "num_classes":                                                       # follows from the data
+                continue
+            flag = "--" + f.name.replace("_", "-")
+            if f.type in (bool, "bool"):
+                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f.metadata["help"])
+            elif f.name == "queries":
+                group.add_argument(flag, metavar="SOURCE|N", help=f.metadata["help"] + "; a number sets --num-queries")
+            else:
+                group.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=f.metadata["help"],
+                                   metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+    given = vars(parser.parse_args(argv))
+    if given.get("queries", "").isdigit():
+        if "num_queries" in given:
+            parser.error("--queries N and --num-queries N are the same: give one")
+        given["num_queries"] = int(given.pop("queries"))
+    return given
+
+
+def settle(given):
+    """From what was given to a whole run: (run, cfg, recipe), where run holds the options outside both tables.
+
+    Precedence: the command line, then the checkpoint of --weights, then the preset, then the variant's published row.
+    Raises ConfigError on contradictions.
+    """
+    run = dict(variant="diffu", data="toy", data_root=None, preset=None, out=None, weights=None, overfit=0, freeze="",
+               seed=0, device="cuda" if torch.cuda.is_available() else "cpu", workers=None, amp="none", save_steps=500,
+               keep_every=0, checkpoint_activations=False)
+    run |= {k: v for k, v in given.items() if k in run}
+    run["workers"] = run["workers"] if run["workers"] is not None else 2 * (run["data"] != "toy")
+    if run["weights"]:
+        _, meta = weights.load_checkpoint(run["weights"])
+        for name, why in (("variant", f"which is {meta['variant']}"), ("preset", "which has its own"),
+                          ("backbone_weights", "which brings the backbone along")):
+            if given.get(name) not in (None, meta.get(name)):
+                raise ConfigError(f"--{name.replace('_', '-')} {given[name]} contradicts --weights {run['weights']}, "
+                                  f"{why}: leave it away")
+        known = dict(zip(meta["category_ids"], meta["classes"]))
+        run |= {"variant": meta["variant"], "preset": "checkpoint", "known": known}
+        row, changes = Config(**meta["config"]), {}
+        recipe = Recipe(**meta["recipe"]).but(**variants.FINE_TUNE_RECIPE)
+        if run["data"] != "toy" and not recipe.crop:                       # toy pictures' size does not suit photos
+            recipe = recipe.but(crop=True, **{k: variants.SMALL_RECIPE[k] for k in ("image_size", "max_size")})
+    else:
+        run["preset"] = run["preset"] or ("published" if run["data"] == "coco" else "small")
+        row, changes, recipe = variants.variant(run["variant"]), {}, variants.recipe(run["variant"])
+        if run["preset"] == "small":
+            changes |= variants.SMALL | ({"backbone": "resnet50"} if row.dilation else {})   # which a resnet18 cannot
+            recipe = recipe.but(**(variants.TOY_RECIPE if run["data"] == "toy" else variants.SMALL_RECIPE))
+        if given.get("backbone_weights", recipe.backbone_weights) == "none":
+            changes["backbone_norm"] = "batch"                        # frozen random statistics learn nothing
+    if run["overfit"] and not {"steps", "epochs"} & set(given):
+        recipe = recipe.but(**variants.OVERFIT_RECIPE)
+    if "image_size" in given:                                         # or the other cap would hold it back in silence
+        recipe = recipe.but(max_size=round(given["image_size"] * recipe.max_size / recipe.image_size))
+    recipe = recipe.but(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
+    cfg = row.but(**(changes | {f.name: given[f.name] for f in fields(Config) if f.name in given}))
+    check(run, recipe)
+    return run, cfg, recipe
+
+
+def check(run, recipe):
+    """Raise ConfigError for options of the run that cannot be."""
+    if run["data_root"] and run["data"] != "coco":
+        raise ConfigError("--data-root says where COCO is: write --data coco, or --data DIR alone")
+    for name, least in (("overfit", 0), ("workers", 0), ("save_steps", 1), ("keep_every", 0)):
+        if run[name] < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {run[name]}: it must be at least {least}")
+    if recipe.batch_size % distributed.world():
+        raise ConfigError(f"--batch-size {recipe.batch_size} is of all processes together, and {distributed.world()} "
+                          "cannot share it: choose a multiple")
+    distributed.own_device(run["device"])
+
+
+def resumed(given):
+    """The stored run, cfg, recipe and checkpoint of --resume, with the given options that may change."""
+    if given.get("weights"):
+        raise ConfigError("--resume continues a run and --weights starts one: choose one")
+    path, checkpoint = weights.read_last(Path(given["resume"]))
+    if checkpoint.get("format") != "minDETR" or "run" not in checkpoint:
+        raise ConfigError(f"--resume {path}: it holds a model but no run (best.pth and published files do not): resume "
+                          "last.pth, or start from it with --weights")
+    run, cfg, recipe = checkpoint["run"], checkpoint["config"], checkpoint["recipe"]
+    run = dict(keep_every=0, checkpoint_activations=False) | run
+    for name, value in given.items():
+        table = next((t for t in (run, cfg, recipe) if name in t), {})
+        if name not in FREE and table.get(name) != value:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} contradicts the run in {path}, which has "
+                              f"{table.get(name)}: leave it away, or start a new run")
+        table[name] = value
+    if "epochs" in given and "steps" not in given:
+        recipe["steps"] = 0                                         # or it would still win over --epochs
+    run["out"], recipe = str(path.parent), Recipe(**recipe)
+    check(run, recipe)
+    return run, Config(**cfg), recipe, checkpoint
+
+
+def free_folder(run):
+    """out/<variant>-<data>, with a number if that is taken; a folder named by --out must not hold a run already."""
+    if run["out"]:
+        if any((Path(run["out"]) / name).exists() for name in ("last.pth", "last.prev.pth")):
+            raise ConfigError(f"--out {run['out']} already holds a run: --resume it, or choose another folder")
+        return run["out"]
+    name = f"out/{run['variant']}-{Path(run['data']).name}"
+    return next(p for p in [name, *(f"{name}-{i}" for i in range(2, 10 ** 6))] if not os.path.exists(p))
