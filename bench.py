@@ -63,9 +63,15 @@ def theirs(name):
     same = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, num_labels=91, auxiliary_loss=True,
                 backbone_config=hf.ResNetConfig(out_features=stages))
     if name == "detr":
-        return hf.DetrForObjectDetection(hf.DetrConfig(**same))
-    return hf.DeformableDetrForObjectDetection(hf.DeformableDetrConfig(
-        two_stage=True, with_box_refine=True, encoder_ffn_dim=1024, decoder_ffn_dim=1024, num_queries=300, **same))
+        model = hf.DetrForObjectDetection(hf.DetrConfig(**same))
+    else:
+        model = hf.DeformableDetrForObjectDetection(hf.DeformableDetrConfig(
+            two_stage=True, with_box_refine=True, encoder_ffn_dim=1024, decoder_ffn_dim=1024, num_queries=300, **same))
+    # They freeze this backbone whole (looking for "stage.1" in names that say "stages.1"): train what ours trains.
+    for parameter_name, parameter in model.named_parameters():
+        if ".encoder.stages." in parameter_name:
+            parameter.requires_grad_(".stages.0." not in parameter_name)
+    return model
 
 
 def pair(name):
