@@ -63,7 +63,8 @@ def ablate(pictures, seeds, dataset, amp, out):
 
 def score_of(out, trained, sampling, pictures, seed, dataset, amp):
     """AP of a model trained with the changes `trained`, sampled with the changes `sampling`; from `out` if it is there."""
-    folder = out / "-".join([*(f"{k}={v}" for k, v in trained.items()), f"seed={seed}"])
+    study = f"{Path(dataset).name}-{pictures}-{amp}"
+    folder = out / study / "-".join([*(f"{k}={v}" for k, v in trained.items()), f"seed={seed}"])
     kept, name = folder / "scores.json", json.dumps(sampling)
     scores = json.loads(kept.read_text()) if kept.exists() else {}
     if name not in scores:
@@ -83,7 +84,8 @@ def score_of(out, trained, sampling, pictures, seed, dataset, amp):
         photos = data.open_data(dataset, split="val", transform=transform, category_ids=meta["category_ids"],
                                 image_size=meta["recipe"]["image_size"], toy_count=500)
         scores[name] = evaluation.evaluate(model, photos, batch_size=8, progress=False)[0]["AP"]
-        kept.write_text(json.dumps(scores))
+        kept.with_suffix(".tmp").write_text(json.dumps(scores))
+        kept.with_suffix(".tmp").replace(kept)                                        # whole or not at all
     return scores[name]
 
 

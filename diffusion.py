@@ -9,7 +9,8 @@ Training a decoder to turn a noised ground-truth box back into the box was first
 
 Read in that order: denoising queries, the schedule and the noise, forward noising, the sampler.
 
-Boxes are cx, cy, w, h in [0, 1]. Shapes: B images, Q queries, P denoising slots, T timesteps, S evaluations.
+Boxes are cx, cy, w, h in [0, 1]. Shapes: B images, Q queries, T timesteps; in this file P is denoising slots and S
+evaluations.
 """
 import math
 from typing import NamedTuple
@@ -182,7 +183,8 @@ def noised_references(targets, cfg, generator=None):
 
     One t ~ U{0..T-1} per image. The order is shuffled, because learned content belongs to a slot and must not tell
     which references began as targets. With more than Q targets a random Q of them are used (the published code fails
-    from 899 of 900 on).
+    from 899 of 900 on). Padding is sigmoid(N(0, 1)) per coordinate, as published: what starts there belongs to no target,
+    and the matcher decides what each query must learn, as for all.
 
     Returns references [B, Q, 4] in [0, 1] and t [B].
     """
@@ -246,8 +248,8 @@ def sample(decode, batch_size, cfg, device, dtype, generators=None, watch=None):
     kept of an evaluation is a few kilobytes, so that memory does not grow with S.
     """
     generators = generators or [torch.Generator().manual_seed(0) for _ in range(batch_size)]
-    if len(generators) != batch_size:
-        raise ValueError(f"{len(generators)} generators for {batch_size} images: give one per image")
+    if isinstance(generators, torch.Generator) or len(generators) != batch_size:
+        raise ValueError(f"generators must be a list of {batch_size} CPU generators, one per image")
 
     def noise():
         return torch.stack([draw_noise(cfg.noise, cfg.num_queries, 4, generator=g, dtype=dtype)
@@ -261,13 +263,14 @@ def sample(decode, batch_size, cfg, device, dtype, generators=None, watch=None):
         logits, boxes = decode(references, torch.full((batch_size,), t, device=device), rows)
         evaluations.append(best_pairs(logits[-1], boxes[-1], cfg.detections))
         score = logits[-1].amax(-1).sigmoid()
-        # A query must earn its place: the closer to t = 0, the lower the score that keeps it.
+        # A query must earn its place. t_next / T is the published code's rule: while there is much to come, only sure ones
+        # stay, and after the last evaluation (t_next = 0) all do.
         keep = score > t_next / cfg.timesteps if cfg.renewal else torch.ones_like(score, dtype=torch.bool)
         if watch:
             watch(dict(t=t, references=references, rows=rows, logits=logits[-1], boxes=boxes[-1], keep=keep))
         x0 = to_signal(boxes[-1].to(dtype), cfg.signal_scale).clamp(-cfg.signal_scale, cfg.signal_scale)
         fresh = noise().gather(1, rows[..., None].expand(-1, -1, 4))
-        if cfg.sampler == "published":               # the unscaled box where DDIM has x0; epsilon still comes from x0
+        if cfg.sampler == "published":      # the unscaled box where DDIM has x0; epsilon is DDIM's, in the code's own form
             rate, next_rate = rates[t], rates[t_next]
             epsilon = ((1 / rate).sqrt() * x - x0) / (1 / rate - 1).sqrt()
             x = add_noise(boxes[-1], epsilon, next_rate)

@@ -219,7 +219,9 @@ def main(argv=None):
         parser.error("--compare needs no --weights" if args.compare else "--weights is missing: which checkpoint?")
     try:
         distributed.start()
-        sys.exit(1 if run(args, parser) else 0)
+        failed = run(args, parser)
+        distributed.stop()
+        sys.exit(1 if failed else 0)
     except (data.DataError, weights.WeightsError, variants.ConfigError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
@@ -229,6 +231,8 @@ def run(args, parser):
     if args.compare:
         print(*pictures.compare_runs(args.compare, out := args.out or Path("compare.png")), f"curves in {out}", sep="\n")
         return 0
+    if args.images and distributed.world() > 1:
+        parser.error("several processes share the scoring of --data; --images is for one: start it without torchrun")
     model, meta = weights.load_checkpoint(args.weights)
     if (args.evaluations or args.trajectory) and model.cfg.queries != "noise":
         parser.error(f"--evaluations and --trajectory are for diffusion models, and {args.weights} holds {meta['variant']}")

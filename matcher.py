@@ -110,7 +110,8 @@ class LayerByLayer(torch.autograd.Function):
 def class_loss(logits, index, labels, overlap, cfg, weight_sum, counted=None):
     """Sum of the class loss per layer [L], divided by `weight_sum` for the softmax's weighted mean.
 
-    Args: logits [L, B, Q, C]; index (layer, image, query), each [K], the queries that own a target; labels [K];
+    Args: logits [L, B, Q, C]; index (layer, image, query), each [K], the queries that own a target, layer after layer, as many
+    in each; labels [K];
     overlap [K], their GIoU with it; counted [B, Q], the queries that count (default: all).
     """
     C = logits.shape[-1]
@@ -121,10 +122,10 @@ def class_loss(logits, index, labels, overlap, cfg, weight_sum, counted=None):
         weight[-1] = cfg.no_object
         loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
         return loss.view(len(logits), -1).sum(1) / weight_sum
-    overlap = overlap.detach()
+    overlap, each = overlap.detach(), len(labels) // len(logits)
 
     def one_layer(x, layer):                                                                                # [B, Q, C]
-        own = index[0] == layer
+        own = slice(layer * each, (layer + 1) * each)                    # no mask: finding its rows would stop a GPU
         there, q = (index[1][own], index[2][own], labels[own]), overlap[own]
         if cfg.class_loss == "focal":
             loss = sigmoid_focal_loss(x, torch.zeros_like(x).index_put(there, x.new_ones(())), ALPHA, GAMMA)

@@ -147,7 +147,7 @@ class DecoderLayer(nn.Module):
         if self.time is None or len(self.time) == 1:
             return x
         scale, shift = self.time[block](t)[:, None].chunk(2, -1)
-        return x + x * (1 + scale) + shift
+        return x + x * (1 + scale) + shift                      # x twice, as in the checkpoints' code; DiT has it once
 
     def forward(self, x, pos, attend, blocked, t):
         """
@@ -289,7 +289,7 @@ class Detector(nn.Module):
             watch: in evaluation of a diffusion model, called after each decoder evaluation: see `diffusion.sample`.
 
         Returns a dict: logits [L, B, Q, C] and boxes [L, B, Q, 4] of all decoder layers, the last is the answer; "enc"
-        (two_stage): logits, boxes of the proposals; "dn" (denoising, in training): logits, boxes and queries, a
+        (two_stage; not where inference can do without, see below): logits, boxes of the proposals; "dn" (denoising, in training): logits, boxes and queries, a
         `diffusion.Denoising`; "evaluations" (diffusion, in evaluation, where L is 1: the last evaluation's last layer): a
         list with `diffusion.best_pairs` of each.
         """

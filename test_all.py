@@ -329,7 +329,7 @@ def test_msda_kernel_is_compiled_by_nvrtc():
     try:
         cuda.nvrtc()
     except OSError as error:
-        return print(f"  (not tested: {error})")
+        raise unittest.SkipTest(str(error)) from None
     config = cuda.Config(torch.bfloat16, torch.float32, 32, 4, 4, 4)
     for major, minor in ((7, 5), (8, 0), (9, 0), (12, 7)):
         file = cuda.compiled(config, major, minor)
@@ -827,7 +827,8 @@ def test_diffusion_noise_is_an_images_own():
     for a, b in zip(seen[:3], seen[3:]):
         assert torch.equal(a[0], b[0]) and not torch.equal(a[1], b[1])
     assert not torch.equal(seen[0], seen[1])
-    assert "one per image" in error_of(diffusion.sample, decode, 2, cfg, "cpu", torch.float32, [torch.Generator()])
+    assert all("one per image" in error_of(diffusion.sample, decode, 2, cfg, "cpu", torch.float32, wrong)
+               for wrong in ([torch.Generator()], torch.Generator()))
 
 
 def test_diffusion_renewal_for_any_t():
@@ -2765,7 +2766,7 @@ def test_train_disk_photos_and_workers_that_fail():
         photo.write_bytes(whole)
         with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
             code, said = run_quietly(["--resume", out])
-        assert code == 2 and "No space left" in said and "untouched" in said and "Traceback" not in said
+        assert code == 2 and "No space left" in said and "is kept" in said and "Traceback" not in said
         assert weights.read_checkpoint(out + "/last.pth")["step"] == stopped and not list(Path(out).glob("*.tmp"))
 
         read = data.read_photo
@@ -2963,7 +2964,7 @@ def test_ablate_resumes_and_never_repeats():
         for _ in range(2):
             assert ablate.score_of(out, {"noise": "beta"}, {}, 16, 3, "toy", "none") == 0.25
             assert ablate.score_of(out, {"noise": "beta"}, {"evaluations": 5}, 16, 3, "toy", "none") == 0.25
-        assert trained.call_count == 1 and (out / "noise=beta-seed=3" / "last.pth").exists()
+        assert trained.call_count == 1 and (out / "toy-16-none" / "noise=beta-seed=3" / "last.pth").exists()
         assert [(c.noise, c.evaluations) for c in seen] == [("beta", 3)] * 2 + [("beta", 5)]     # the first: in training
         with mock.patch.object(train, "train", lambda *a: (out / "x").write_text("")), \
                 mock.patch.object(weights, "read_checkpoint", lambda path: {"step": 0}):

@@ -159,7 +159,8 @@ def train(run, cfg, recipe, checkpoint=None):
     def save(name, whole=True):
         """Write a checkpoint; `whole` ones can be resumed."""
         nonlocal saved
-        saved = time.time()
+        if name == "last.pth":
+            saved = time.time()
         if not first:
             return
         content = {"format": "minDETR", "variant": run["variant"], "config": asdict(cfg), "recipe": asdict(recipe),
@@ -233,6 +234,10 @@ def train(run, cfg, recipe, checkpoint=None):
                 where = f"; the last good state is in {out / 'last.pth'}" if (out / "last.pth").exists() else ""
                 raise FloatingPointError(f"step {step}, image ids {ids}: {error}{where}. Look at these images' boxes, or "
                                          "try a lower --lr") from None
+            except RuntimeError as error:
+                if distributed.left_alone(error):                         # another process could not go on: keep the steps
+                    save("last.pth")
+                raise
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)

@@ -389,7 +389,7 @@ def save(path, checkpoint, keep_previous=False):
             os.replace(path, path.with_suffix(".prev.pth"))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        raise WeightsError(f"{path}: cannot be written ({error}); what was there before is untouched. Make room, or "
+        raise WeightsError(f"{path}: cannot be written ({error}); the checkpoint from before is kept. Make room, or "
                            "choose another folder") from None
     finally:
         with contextlib.suppress(OSError):                           # gone after the rename, or never there

@@ -33,7 +33,7 @@ def main():
     try:
         supported = cuda.nvrtc_architectures()
     except OSError as error:
-        return print(f"nothing was compiled: {error}")
+        raise SystemExit(f"error: nothing was compiled: {error}")
     print(f"NVRTC {cuda.nvrtc_version()}{'' if nvcc else '; no nvcc here'}")
     worst = 0
     for config in CONFIGS:

@@ -58,10 +58,10 @@ class Config(NamedTuple):
         return lanes
 
     def header(self):
-        """config.h; ValueError for more points than a block's shared memory holds."""
+        """config.h; OSError for more points than a block's shared memory holds."""
         if 32 // self.lanes * self.group_bytes > SHARED_MEMORY:
-            raise ValueError(f"{self.L} levels of {self.P} points are {self.L * self.P} points a query and head: there "
-                             f"must be fewer than {SHARED_MEMORY // 4 // self.accumulate.itemsize} in {self.accumulate}")
+            raise OSError(f"{self.L} levels of {self.P} points are {self.L * self.P} points a query and head: there "
+                          f"must be fewer than {SHARED_MEMORY // 4 // self.accumulate.itemsize} in {self.accumulate}")
         V, O, A = (TYPES[t] for t in (self.value, self.query, self.accumulate))
         return (f"using V = {V};\nusing O = {O};\nusing A = {A};\nconstexpr int D = {self.D}, L = {self.L}, "
                 f"P = {self.P}, R = {self.R}, VEC = {self.vec}, LANES = {self.lanes};\n")

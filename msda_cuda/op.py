@@ -99,7 +99,8 @@ def pairs(flat):
 def msda(value: Tensor, offsets: Tensor, logits: Tensor, reference: Tensor, shapes: Sequence[int]) -> Tensor:
     """out [B, Q, M*D], of value's dtype; `shapes` here is flat, h0, w0, h1, w1, ..."""
     check(value, pairs(shapes), offsets, logits, reference)
-    return computer(value, offsets, reference).forward(value, pairs(shapes), offsets, logits, reference)
+    with torch.autocast(value.device.type, enabled=False):                       # or it would reach plain.py's products
+        return computer(value, offsets, reference).forward(value, pairs(shapes), offsets, logits, reference)
 
 
 @msda.register_fake
@@ -116,8 +117,9 @@ def msda_backward(grad_out: Tensor, value: Tensor, offsets: Tensor, logits: Tens
         raise ValueError(f"grad_out is {tuple(grad_out.shape)} in {grad_out.dtype}: it must be [B, Q, M*D] of the other "
                          f"arguments, in {value.dtype}")
     check(value, pairs(shapes), offsets, logits, reference)
-    *grads, of = computer(value, offsets, reference).backward(grad_out, value, pairs(shapes), offsets, logits, reference,
-                                                              of_reference)
+    with torch.autocast(value.device.type, enabled=False):
+        *grads, of = computer(value, offsets, reference).backward(grad_out, value, pairs(shapes), offsets, logits,
+                                                                  reference, of_reference)
     return *grads, reference.new_empty(0) if of is None else of
 
 
