@@ -349,7 +349,7 @@ def test_msda_kernel_fits_every_config():
         blocks, shared = cuda.grid(config, (1, Q, 8), threads)
         assert D % config.vec == 0 and config.vec * dtype.itemsize <= 16 and 32 % config.lanes == 0
         assert threads in (32, 64, 128, 256) and shared <= cuda.SHARED_MEMORY and blocks * threads >= 8 * Q * config.lanes
-    assert "points" in error_of(cuda.Config(torch.float64, torch.float64, 32, 4, 500, 2).header, kind=ValueError)
+    assert "points" in error_of(cuda.Config(torch.float64, torch.float64, 32, 4, 500, 2).header, kind=OSError)
 
 
 def test_msda_failed_launch_is_raised_with_its_shapes():
