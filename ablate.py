@@ -97,4 +97,9 @@ if __name__ == "__main__":
     parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="bf16: train under autocast")
     parser.add_argument("--out", type=Path, default="out/ablate", help="where runs and scores are kept")
     args = parser.parse_args()
-    ablate(args.pictures, args.seeds, args.data, args.amp, args.out)
+    if min(args.pictures, args.seeds) < 1:
+        parser.error("--pictures and --seeds must be at least 1")
+    try:
+        ablate(args.pictures, args.seeds, args.data, args.amp, args.out)
+    except (data.DataError, weights.WeightsError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")

@@ -198,7 +198,7 @@ def main(argv=None):
     parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's)")
     parser.add_argument("--evaluations", type=int, metavar="S", help="decoder evaluations of a diffusion model")
     parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights); or "
-                        "--compare's picture (default: compare.png)")
+                        "--compare's picture (default: out/compare.png)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO layout")
     what.add_argument("--images", nargs="+", help="find objects in photos, or in folders of photos")
@@ -229,7 +229,10 @@ def main(argv=None):
 def run(args, parser):
     """Do what the command line asks for -> how many photos could not be read."""
     if args.compare:
-        print(*pictures.compare_runs(args.compare, out := args.out or Path("compare.png")), f"curves in {out}", sep="\n")
+        out = args.out or Path("out")
+        out = out if out.suffix else out / "compare.png"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        print(*pictures.compare_runs(args.compare, out), f"curves in {out}", sep="\n")
         return 0
     if args.images and distributed.world() > 1:
         parser.error("several processes share the scoring of --data; --images is for one: start it without torchrun")
