@@ -12,6 +12,7 @@ Read in that order: denoising queries, the schedule and the noise, forward noisi
 Boxes are cx, cy, w, h in [0, 1]. Shapes: B images, Q queries, T timesteps; in this file P is denoising slots and S
 evaluations.
 """
+import functools
 import math
 from typing import NamedTuple
 
@@ -71,7 +72,8 @@ def denoising_queries(targets, cfg, num_queries, generator=None):
     slot_boxes[image, slot] = boxes
     used = torch.zeros(B, P, dtype=torch.bool, device=device)
     used[image, slot] = True
-    pairs = (image[~negative], slot[~negative], target[~negative])
+    # Every copy, or every other one, by its place: a mask would make a GPU wait until the host knows how many they are.
+    pairs = tuple(x.view(copies, -1)[::1 + contrastive].flatten() for x in (image, slot, target))
     return Denoising(slot_labels, slot_boxes, used, pairs, group_mask(groups, P // groups, num_queries, device),
                      groups, contrastive)
 
@@ -112,21 +114,23 @@ def group_mask(groups, group_size, num_queries, device=None):
 
 # ============================================================================== DiffuDETR: the schedule and the noise
 
+@functools.cache
 def signal_rates(schedule, timesteps):
-    """alpha-bar [T] in float64: x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise (Ho et al. 2020, Eq. 4).
+    """alpha-bar [T] in float64, on the CPU: x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) noise (Ho et al. 2020, Eq. 4).
 
     cosine: Nichol & Dhariwal 2021, s = 0.008, betas at most 0.999; ends at 2.4e-7 for T = 100.
     linear: sqrt(beta) evenly spaced from 1e-2 to 1.41e-1; ends at 0.485, so that pure noise is not what x_T looks like.
     sqrt:   beta = sqrt of evenly spaced 1e-4 to 2e-2; ends at 4.6e-5.
     linear and sqrt are the published code's, which calls them so. Raises ConfigError on another name.
     """
+    evenly = functools.partial(torch.linspace, dtype=torch.float64, device="cpu")    # a model may be built on "meta"
     if schedule == "cosine":
-        f = torch.cos((torch.linspace(0, 1, timesteps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
+        f = torch.cos((evenly(0, 1, timesteps + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     elif schedule == "linear":
-        betas = torch.linspace(1e-4 ** 0.5, 2e-2 ** 0.5, timesteps, dtype=torch.float64) ** 2
+        betas = evenly(1e-4 ** 0.5, 2e-2 ** 0.5, timesteps) ** 2
     elif schedule == "sqrt":
-        betas = torch.linspace(1e-4, 2e-2, timesteps, dtype=torch.float64) ** 0.5
+        betas = evenly(1e-4, 2e-2, timesteps) ** 0.5
     else:
         raise ConfigError(f"schedule={schedule!r}: choose cosine, linear or sqrt")
     return (1 - betas).cumprod(0)
@@ -223,13 +227,13 @@ def ddim_step(x, x0, rate, next_rate, eta, noise):
 def best_pairs(logits, boxes, count):
     """The `count` best query-class pairs of each image; one query may answer twice (Deformable DETR's post-processing).
 
-    logits [..., Q, C] and boxes [..., Q, 4] -> dict of scores [..., K] in 0..1, labels [..., K], boxes [..., K, 4] and
-    queries [..., K], best first; K is `count`, or Q * C if that is less.
+    logits [..., Q, C] and boxes [..., Q, 4] -> dict of scores [..., K] in 0..1, labels [..., K] and boxes [..., K, 4],
+    best first; K is `count`, or Q * C if that is less.
     """
     # The sigmoid keeps the order, so it is enough to take it of the few that are kept.
     scores, pair = logits.flatten(-2).topk(min(count, logits.shape[-2] * logits.shape[-1]))
     query = pair // logits.shape[-1]
-    return {"scores": scores.sigmoid(), "labels": pair % logits.shape[-1], "queries": query,
+    return {"scores": scores.sigmoid(), "labels": pair % logits.shape[-1],
             "boxes": boxes.gather(-2, query[..., None].expand(*query.shape, 4))}
 
 

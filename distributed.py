@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, what they tell each other, how they stop, what they use.
+"""The processes of a run: how they find each other, what they tell each other, how they stop.
 
     torchrun --nproc_per_node 4 train.py ...        four processes; python train.py: one, for which all of this is free
 
@@ -8,8 +8,6 @@ alike: where one does not come, the others wait for it.
 """
 import os
 import signal
-import sys
-import time
 
 import torch
 import torch.distributed as dist
@@ -111,29 +109,3 @@ def catch_signals():
 
     old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     return lambda: any(everyone([bool(came)])), lambda: [signal.signal(s, handler) for s, handler in old.items()]
-
-
-def stopwatch():
-    """({name: seconds}, lap), where lap(name) books the time since the last lap under a name.
-
-    A GPU works on its own: its time is booked where the program next waits for it, mostly in the matching.
-    """
-    seconds, last = {}, time.perf_counter()
-
-    def lap(name):
-        nonlocal last
-        now = time.perf_counter()
-        seconds[name], last = seconds.get(name, 0) + now - last, now
-
-    return seconds, lap
-
-
-def memory(device):
-    """Peak memory so far in MB: the GPU's, or this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        import resource
-    except ImportError:                                                                              # not on Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)

@@ -36,8 +36,8 @@ def postprocess(outputs, sizes, cfg):
     """What the model says about B images -> a list of B dicts, each sorted by score, best first.
 
     outputs: the model's dict; read is the last layer of "logits" [L,B,Q,C] and "boxes" [L,B,Q,4] (cx, cy, w, h in 0..1)
-    or, where a diffusion model gives them, its "evaluations". sizes: [B,2], height and width of the
-    original photos in pixels. cfg: its class_loss, detections and ensemble_nms are read.
+    or, where a diffusion model gives them, its "evaluations". sizes: [B,2], height and width of the original photos in
+    pixels. cfg: its class_loss, detections and ensemble_nms are read.
     Each dict: "scores" [K] in 0..1, "labels" [K], "boxes" [K,4] as x0, y0, x1, y1 in pixels, in the outputs' dtype.
 
     "ce" (DETR): one detection per query, its best class; the last class is "no object" and never wins. Otherwise

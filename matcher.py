@@ -110,9 +110,8 @@ class LayerByLayer(torch.autograd.Function):
 def class_loss(logits, index, labels, overlap, cfg, weight_sum, counted=None):
     """Sum of the class loss per layer [L], divided by `weight_sum` for the softmax's weighted mean.
 
-    Args: logits [L, B, Q, C]; index (layer, image, query), each [K], the queries that own a target, layer after layer, as many
-    in each; labels [K];
-    overlap [K], their GIoU with it; counted [B, Q], the queries that count (default: all).
+    Args: logits [L, B, Q, C]; index (layer, image, query), each [K], the queries that own a target, layer after layer, as
+    many in each; labels [K]; overlap [K], their GIoU with it; counted [B, Q], the queries that count (default: all).
     """
     C = logits.shape[-1]
     if cfg.class_loss == "ce":                                                     # DETR: the last class is "no object"

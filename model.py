@@ -289,9 +289,9 @@ class Detector(nn.Module):
             watch: in evaluation of a diffusion model, called after each decoder evaluation: see `diffusion.sample`.
 
         Returns a dict: logits [L, B, Q, C] and boxes [L, B, Q, 4] of all decoder layers, the last is the answer; "enc"
-        (two_stage; not where inference can do without, see below): logits, boxes of the proposals; "dn" (denoising, in training): logits, boxes and queries, a
-        `diffusion.Denoising`; "evaluations" (diffusion, in evaluation, where L is 1: the last evaluation's last layer): a
-        list with `diffusion.best_pairs` of each.
+        (two_stage; not where inference can do without, see below): logits, boxes of the proposals; "dn" (denoising, in
+        training): logits, boxes and queries, a `diffusion.Denoising`; "evaluations" (diffusion, in evaluation, where L is 1:
+        the last evaluation's last layer): a list with `diffusion.best_pairs` of each.
         """
         cfg = self.cfg
         if images.shape[0] != mask.shape[0] or images.shape[2:] != mask.shape[1:]:

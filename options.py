@@ -21,7 +21,7 @@ FREE = {"resume", "device", "workers", "data_root", "epochs", "steps", "eval_eve
 
 
 def parse(argv, description):
-    """The command line as a dict of what was given, plus defaults of the run's own options under `options`."""
+    """The command line as a dict of what was given; defaults are `settle`'s."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS)

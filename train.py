@@ -206,7 +206,7 @@ def train(run, cfg, recipe, checkpoint=None):
 
     interrupted, restore_signals = distributed.catch_signals()
     bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=None if first else True)
-    seconds, lap = distributed.stopwatch()
+    seconds, lap = stopwatch()
     metrics = test() if due() else {}                                   # a run that died in its evaluation catches up
     while step < total:
         epoch, begun = step // per_epoch, step
@@ -254,7 +254,7 @@ def train(run, cfg, recipe, checkpoint=None):
                 if first and bar.disable and step % 50 == 0:                                 # not a terminal
                     print(f"step {step}/{total}: loss {losses['total']:.3f}, {speed:.1f} images/s", flush=True)
                 line = {"step": step, "epoch": epoch, "lr": lr, "loss": losses.pop("total"), **losses,
-                        "grad_norm": float(norm), "images_per_s": speed, "memory_mb": distributed.memory(device)}
+                        "grad_norm": float(norm), "images_per_s": speed, "memory_mb": memory(device)}
                 line |= {f"seconds_{name}": spent / steps for name, spent in seconds.items()}
                 if first:
                     log.write(json.dumps({k: round(v, 6) for k, v in line.items()}) + "\n")
@@ -317,6 +317,32 @@ def forward_backward(model, criterion, batch, device, autocast, scaler, lap):
             total[name] = total.get(name, 0) + value.detach()
         lap("backward")
     return dict(zip(total, torch.stack(list(total.values())).tolist()))
+
+
+def stopwatch():
+    """({name: seconds}, lap), where lap(name) books the time since the last lap under a name.
+
+    A GPU works on its own: its time is booked where the program next waits for it, mostly in the matching.
+    """
+    seconds, last = {}, time.perf_counter()
+
+    def lap(name):
+        nonlocal last
+        now = time.perf_counter()
+        seconds[name], last = seconds.get(name, 0) + now - last, now
+
+    return seconds, lap
+
+
+def memory(device):
+    """Peak memory so far in MB: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource
+    except ImportError:                                                                              # not on Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 def open_log(path, step):
