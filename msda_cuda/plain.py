@@ -78,20 +78,21 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
     """The gradients of value, offsets, logits, and of reference or None; of each in its dtype."""
     dtypes = value.dtype, offsets.dtype, logits.dtype
     grad_out, value, offsets, logits, reference = widened(grad_out, value, offsets, logits, reference)
-    (B, Q, M, L, P, _), D = offsets.shape, value.shape[3]
+    (B, Q, M, L, P, _), (_, S, _, D) = offsets.shape, value.shape
     K = 4 * L * P
+    token = torch.arange(0, S * M, M, device=value.device, dtype=torch.int32)
     size = torch.tensor([(w, h) for h, w in shapes], device=value.device)[:, None]
     grads = [torch.zeros_like(t) for t in (value, offsets, logits, reference)]
     for b in range(B if Q else 0):
-        table, grad = value[b].flatten(0, 1), grad_out[b].reshape(Q * M, D)
+        table, grad = value[b].flatten(0, 1), grad_out[b].reshape(Q, M, D)
         rows, weights = [], []
         for q in range(0, Q, CHUNK // 4):
             some = slice(q, q + CHUNK // 4)
             s = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
-            rows.append(s.row.view(-1, K))
-            weights.append(s.weights().view(-1, K))
-            read = table.index_select(0, rows[-1].flatten()).view(-1, K, D)
-            dot = torch.bmm(read, grad.view(Q, M, D)[some].reshape(-1, D, 1)).view(s.row.shape).unbind(-1)
+            rows.append(s.row.flatten(2))
+            weights.append(s.weights().flatten(2))
+            read = table.index_select(0, rows[-1].flatten()).view(-1, M, K, D)
+            dot = read.mul_(grad[some, :, None]).sum(-1).view(s.row.shape).unbind(-1)
             left, right = (dot[i] * s.wy[0] + dot[i + 2] * s.wy[1] for i in (0, 1))
             upper, lower = (dot[i] * s.wx[0] + dot[i + 1] * s.wx[1] for i in (0, 2))
             grad_a = left * s.wx[0] + right * s.wx[1]
@@ -109,9 +110,11 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
                     if reference.shape[-1] == 4:
                         of_size = of_place * offsets[b, some, ..., axis] * (0.5 / P)
                         grads[3][b, some, :, 2 + axis] = of_size.masked_fill(still.view_as(of_size), 0).sum((1, 3))
-        row, order = torch.cat(rows).flatten().sort()
-        first = torch.searchsorted(row, torch.arange(len(table), device=row.device, dtype=torch.int32), out_int32=True)
-        weight = torch.cat(weights).flatten()[order]
-        sums = F.embedding_bag((order // K).int(), grad, first, per_sample_weights=weight, mode="sum")
-        grads[0][b] = sums.view(value[b].shape)
+        rows, weights = torch.cat(rows), torch.cat(weights)
+        for m in range(M):                                                 # a head's samples alone fit in the cache
+            row, order = rows[:, m].flatten().sort()
+            first = torch.searchsorted(row, token + m, out_int32=True)
+            weight = weights[:, m].flatten()[order]
+            grads[0][b, :, m] = F.embedding_bag((order // K).int(), grad[:, m].contiguous(), first, mode="sum",
+                                                per_sample_weights=weight)
     return *(grad.to(dtype) for grad, dtype in zip(grads, dtypes)), grads[3] if of_reference else None
