@@ -7,15 +7,18 @@ randomness comes from a seed that travels with a sample's index: a run repeats w
 in the middle of an epoch. What is wrong with somebody's files becomes a `DataError` that says what to do about it.
 Read in this order: `Photos` (how a sample is made), the transforms (DETR, Carion 2020), the two data sets, the batches.
 """
+import gc
 import json
 import math
 import os
 import random
 import signal
+from array import array
 from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
@@ -99,20 +102,24 @@ def resized(w, h, size, max_size=None):
         return h, w
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
 
-def _resize(image, boxes, size, max_size):
+def _resize(image, boxes, size, max_size, exact):
     (w, h), (new_h, new_w) = image.size, resized(*image.size, size, max_size)
-    if (new_w, new_h) != (w, h):  # PIL widens its kernel when it reduces (antialiasing); without that, AP is lost
-        image = image.resize((new_w, new_h), Image.BILINEAR)
+    if (new_w, new_h) != (w, h):  # the kernel widens when it reduces (antialias); without that, AP is lost
+        if exact:
+            image = image.resize((new_w, new_h), Image.BILINEAR)
+        else:  # the same filter, coarser weights, a third of the time: 1 byte of 500 differs by 1, of 10 million by 2
+            image = F.interpolate(to_bytes(image)[None], (new_h, new_w), mode="bilinear", antialias=True)
+            image = Image.fromarray(image[0].permute(1, 2, 0).numpy())
     return image, boxes * np.float32([new_w / w, new_h / h] * 2)  # true ratios: whole pixels make them differ a little
 
-def _transform(image, boxes, labels, rng, size, max_size, flip, crop):
+def _transform(image, boxes, labels, rng, size, max_size, flip, crop, exact):
     """One sample through `train_transform`. The order of the draws is part of what a seed means."""
     scaled = lambda pixels: round(pixels * size / 800)
     if flip and rng.random() < 0.5:
         boxes = np.float32([image.width, 0, image.width, 0]) + boxes[:, [2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
         image = image.transpose(Image.FLIP_LEFT_RIGHT)
     if crop and rng.random() < 0.5:
-        image, boxes = _resize(image, boxes, scaled(rng.choice((400, 500, 600))), None)
+        image, boxes = _resize(image, boxes, scaled(rng.choice((400, 500, 600))), None, exact)
         w = rng.randint(scaled(384), min(image.width, scaled(600)))  # both ends included
         h = rng.randint(scaled(384), min(image.height, scaled(600)))
         left, top = rng.randint(0, image.width - w), rng.randint(0, image.height - h)
@@ -122,20 +129,20 @@ def _transform(image, boxes, labels, rng, size, max_size, flip, crop):
         boxes, labels = boxes[kept], labels[kept]
     if crop:
         size = scaled(rng.choice(range(480, 801, 32)))
-    return *_resize(image, boxes, size, max_size), labels
+    return *_resize(image, boxes, size, max_size, exact), labels
 
-def train_transform(size=800, max_size=1333, flip=True, crop=True):
+def train_transform(size=800, max_size=1333, flip=True, crop=True, exact=False):
     """The DETR family's training recipe (datasets/coco.py of DETR), as published when size is 800.
     Flip 0.5; then with 0.5 a resize to one of {480, 512, ..., 800}, long side at most max_size; otherwise a resize to
     {400, 500, 600}, a random crop with sides from 384 to min(side, 600), then the first resize. For another `size` all
-    these numbers are multiplied by size/800 and rounded; max_size stays. crop=False: only the flip and one scale.
+    these numbers are multiplied by size/800 and rounded; max_size stays. crop=False: only the flip and one scale. exact: PIL's bytes, where torch's are within 2/255.
     Returns f(PIL image, boxes float32 [n,4] xyxy pixels, labels [n], random.Random) -> (image, boxes, labels); not a
     closure, because workers that are not forked (macOS, Windows) get it by pickle."""
-    return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop)
+    return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop, exact=exact)
 
 def eval_transform(size=800, max_size=1333):
     """The published evaluation, a resize and nothing random. Same kind of callable as `train_transform`."""
-    return train_transform(size, max_size, flip=False, crop=False)
+    return train_transform(size, max_size, flip=False, crop=False, exact=True)
 
 # ============================================================================================ COCO's layout
 TREE = """{root}: {what} is missing. The folder must look like this:
@@ -143,10 +150,10 @@ TREE = """{root}: {what} is missing. The folder must look like this:
     annotations/instances_train2017.json   annotations/instances_val2017.json         their boxes, in COCO's format"""
 DOWNLOAD = "\nCOCO is at https://cocodataset.org/#download: 2017 Train images, Val images, Train/Val annotations."
 
-def _load_json(file):
+def _load_json(file, hook=None):
     try:
         with open(file, "rb") as stream:  # bytes: json finds the encoding itself, also after a byte order mark
-            coco = json.load(stream)
+            coco = json.load(stream, object_hook=hook)
     except (ValueError, RecursionError, OSError) as error:
         raise DataError(f"{file}: not JSON ({error}). If it was cut short, write or download it again.") from None
     for key in ("images", "annotations", "categories"):
@@ -177,15 +184,35 @@ class CocoFolder(Photos):
     published heads' label IS the category id, so theirs is range(91).
     Attributes: image_ids [N], category_ids [C], classes [C] (names; "N/A" where the file has none), summary (one line,
     with what was repaired). Raises DataError for what cannot be repaired.
-    All is kept in a few arrays. Lists of dicts would be copied into every forked worker page by page, because reading a
-    Python object writes its reference count: with COCO's 118,287 photos, gigabytes per worker."""
+    All is kept in a few arrays, filled while the file is parsed: as Python objects COCO's outlines take gigabytes. And lists
+    of dicts would be copied into every forked worker page by page, because reading a Python object writes its reference
+    count."""
     def __init__(self, root, split="train2017", transform=None, category_ids=None):
         self.root, self.transform, folder = root, transform, os.path.join(root, split)
         self.file = file = os.path.join(root, "annotations", f"instances_{split}.json")
         if not os.path.isfile(file) or not os.path.isdir(folder):
             what, is_coco = folder if os.path.isfile(file) else file, "coco" in os.path.abspath(root).lower()
             raise DataError(TREE.format(root=root, what=what) + DOWNLOAD * is_coco)
-        coco = _load_json(file)
+        ids, owner, kind, crowd, xywh = [], [], [], [], array("d")  # of the annotations
+
+        def take(record, must=False):
+            """An annotation leaves its numbers there and is dropped as soon as it is parsed; another record stays."""
+            if not (must or "image_id" in record and "bbox" in record):
+                return record
+            who = f"{file}: annotation {record.get('id') if isinstance(record, dict) else record!r}"
+            owner.append(_field(record, "image_id", int, who)), kind.append(_field(record, "category_id", int, who))
+            ids.append(record.get("id")), crowd.append(bool(record.get("iscrowd")))
+            box = record.get("bbox")
+            if not (isinstance(box, list) and len(box) == 4
+                    and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)):
+                raise DataError(f"{who}: bbox {box!r} is not four finite numbers (x, y, w, h in pixels). Correct it.")
+            xywh.extend(box)
+            return ...                                             # which no file can contain
+
+        coco = _load_json(file, take)
+        for record in coco["annotations"]:
+            if record is not ...:                                  # it has no image_id or no bbox: an error
+                take(record, must=True)
         self.category_ids, self.classes, label_of = _label_map(coco["categories"], category_ids, file)
         known = {record["id"] for record in coco["categories"]}
 
@@ -215,34 +242,26 @@ class CocoFolder(Photos):
             if record.get("width") and record.get("height") else read_photo(self.path(i)).size
             for i, (key, record) in enumerate(images.items())])
 
-        place, owner, labels, xywh, crowds = {key: i for i, key in enumerate(images)}, [], [], [], 0
-        for record in coco["annotations"]:
-            who = f"{file}: annotation {record.get('id') if isinstance(record, dict) else record!r}"
-            image, category = (_field(record, key, int, who) for key in ("image_id", "category_id"))
+        place = {key: i for i, key in enumerate(images)}
+        for who, image, category in zip(ids, owner, kind):
             if image not in place or category not in known:
                 key = f"image_id {image}" if image not in place else f"category_id {category}"
-                raise DataError(f"{who}: {key} is not listed in the file. Correct the annotation or remove it.")
-            box = record.get("bbox")
-            if not (isinstance(box, list) and len(box) == 4
-                    and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)):
-                raise DataError(f"{who}: bbox {box!r} is not four finite numbers (x, y, w, h in pixels). Correct it.")
-            if record.get("iscrowd"):  # "people here": no single object to learn; COCO's metric ignores hits on it
-                crowds += 1
-            else:
-                owner.append(place[image]), labels.append(label_of[category]), xywh.append(box)
-        owner, raw = np.array(owner, np.int64), np.array(xywh, np.float64).reshape(-1, 4)
+                raise DataError(f"{file}: annotation {who}: {key} is not listed in the file. Correct the annotation or "
+                                f"remove it.")
+        owner, labels = np.array([place[key] for key in owner], np.int64), np.array([label_of[key] for key in kind], np.int64)
+        raw = np.array(xywh).reshape(-1, 4)
         raw[:, 2:] += raw[:, :2]
         boxes = raw.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # COCO too has boxes without area; their GIoU is 0/0
+        single = ~np.array(crowd, bool)  # a crowd is no single object to learn, and COCO's metric ignores hits on it
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1) & single  # COCO too has boxes without area; their GIoU is 0/0
         clipped = kept & (abs(raw - boxes) > 0.01).any(1)  # less is rounding: COCO writes two decimals
         order = np.flatnonzero(kept)[np.argsort(owner[kept], kind="stable")]
-        self.boxes, self.labels = boxes[order], np.array(labels, np.int64)[order]  # of all photos; those of photo i are
+        self.boxes, self.labels = boxes[order], labels[order]  # of all photos; those of photo i are
         self.offsets = np.searchsorted(owner[order], np.arange(len(images) + 1))   # offsets[i] : offsets[i + 1]
 
-        ids = [str(record.get("id")) for record in coco["annotations"]]
-        notes = {"boxes of no area dropped": (~kept).sum(), "boxes clipped to the photo": clipped.sum(),
-                 "crowds left out": crowds, "repeated images merged": len(coco["images"]) - len(images),
-                 "repeated annotation ids renumbered": len(ids) - len(set(ids))}
+        notes = {"boxes of no area dropped": (single & ~kept).sum(), "boxes clipped to the photo": clipped.sum(),
+                 "crowds left out": (~single).sum(), "repeated images merged": len(coco["images"]) - len(images),
+                 "repeated annotation ids renumbered": len(ids) - len(set(map(str, ids)))}
         notes = ", ".join(f"{count} {what}" for what, count in notes.items() if count)
         self.summary = f"{len(images)} images, {len(order)} boxes, {len(known)} classes" + f" ({notes})" * bool(notes)
 
@@ -334,6 +353,10 @@ def collate(batch):
         mask[i, :image.shape[1], :image.shape[2]] = False
     return images, mask, [target for _, target in batch]
 
+def _start_worker(number):
+    """A forked worker shares its parent's memory until someone writes, and the garbage collector writes into all objects."""
+    gc.freeze()
+
 def loader(dataset, batches, workers=0, device="cpu"):
     """Iterate over (images, mask, targets) on the CPU, in pinned memory if `device` is a GPU. batches: of order.py, or
     for evaluation lists of plain indices. Raises DataError for a photo that cannot be used and a worker that died."""
@@ -341,7 +364,7 @@ def loader(dataset, batches, workers=0, device="cpu"):
         watched = workers and hasattr(signal, "SIGCHLD")  # (not on Windows)
         handler = watched and signal.getsignal(signal.SIGCHLD)
         # Its own generator: an iterator draws a number when it is made, and a resumed run makes one more.
-        feed = iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+        feed = iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker,
                                pin_memory=str(device).startswith("cuda"), generator=torch.Generator()))
         if watched:  # torch reports a dead worker from a signal handler, at any line of the training step. Without the
             signal.signal(signal.SIGCHLD, handler)  # handler it reports when the next batch is asked for: here.
