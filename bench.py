@@ -286,8 +286,9 @@ def bench_data(runs, photos):
         recipe = functools.partial(recipes_batch, dataset, data.train_transform(exact=True))
         apart = max(((recipe(keys)[0] - data.collate([dataset[k] for k in keys])[0]) * data.STD * 255).abs().max().item()
                     for keys in order)
-        seconds = bench_msda.alternate({"recipe": lambda: [recipe(keys) for keys in order],
-                             "ours": lambda: [data.collate([dataset[k] for k in keys]) for keys in order]}, runs)
+        seconds = bench_msda.alternate({
+            "recipe": lambda: [recipe(keys) for keys in order],
+            "ours": lambda: [data.collate([dataset[k] for k in keys]) for keys in order]}, runs)
         ratio = statistics.median(a / b for a, b in zip(seconds["recipe"], seconds["ours"]))
         print(f"one core, training recipe, batches of 2: recipe {40 / statistics.median(seconds['recipe']):.1f}, ours "
               f"{40 / statistics.median(seconds['ours']):.1f} images/s, {ratio:.2f} x; pixels differ by up to "

@@ -135,7 +135,8 @@ def train_transform(size=800, max_size=1333, flip=True, crop=True, exact=False):
     """The DETR family's training recipe (datasets/coco.py of DETR), as published when size is 800.
     Flip 0.5; then with 0.5 a resize to one of {480, 512, ..., 800}, long side at most max_size; otherwise a resize to
     {400, 500, 600}, a random crop with sides from 384 to min(side, 600), then the first resize. For another `size` all
-    these numbers are multiplied by size/800 and rounded; max_size stays. crop=False: only the flip and one scale. exact: PIL's bytes, where torch's are within 2/255.
+    these numbers are multiplied by size/800 and rounded; max_size stays. crop=False: only the flip and one scale.
+    exact: PIL's bytes, where torch's are within 2/255.
     Returns f(PIL image, boxes float32 [n,4] xyxy pixels, labels [n], random.Random) -> (image, boxes, labels); not a
     closure, because workers that are not forked (macOS, Windows) get it by pickle."""
     return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop, exact=exact)
@@ -184,9 +185,8 @@ class CocoFolder(Photos):
     published heads' label IS the category id, so theirs is range(91).
     Attributes: image_ids [N], category_ids [C], classes [C] (names; "N/A" where the file has none), summary (one line,
     with what was repaired). Raises DataError for what cannot be repaired.
-    All is kept in a few arrays, filled while the file is parsed: as Python objects COCO's outlines take gigabytes. And lists
-    of dicts would be copied into every forked worker page by page, because reading a Python object writes its reference
-    count."""
+    All is kept in a few arrays, filled while the file is parsed. Python objects would be copied into every forked worker,
+    page by page, because reading one writes its reference count; and COCO's outlines take gigabytes."""
     def __init__(self, root, split="train2017", transform=None, category_ids=None):
         self.root, self.transform, folder = root, transform, os.path.join(root, split)
         self.file = file = os.path.join(root, "annotations", f"instances_{split}.json")
@@ -210,9 +210,8 @@ class CocoFolder(Photos):
             return ...                                             # which no file can contain
 
         coco = _load_json(file, take)
-        for record in coco["annotations"]:
-            if record is not ...:                                  # it has no image_id or no bbox: an error
-                take(record, must=True)
+        for record in (record for record in coco["annotations"] if record is not ...):
+            take(record, must=True)                                # has no image_id or no bbox: an error
         self.category_ids, self.classes, label_of = _label_map(coco["categories"], category_ids, file)
         known = {record["id"] for record in coco["categories"]}
 
@@ -248,7 +247,8 @@ class CocoFolder(Photos):
                 key = f"image_id {image}" if image not in place else f"category_id {category}"
                 raise DataError(f"{file}: annotation {who}: {key} is not listed in the file. Correct the annotation or "
                                 f"remove it.")
-        owner, labels = np.array([place[key] for key in owner], np.int64), np.array([label_of[key] for key in kind], np.int64)
+        owner = np.array([place[key] for key in owner], np.int64)
+        labels = np.array([label_of[key] for key in kind], np.int64)
         raw = np.array(xywh).reshape(-1, 4)
         raw[:, 2:] += raw[:, :2]
         boxes = raw.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
@@ -354,7 +354,7 @@ def collate(batch):
     return images, mask, [target for _, target in batch]
 
 def _start_worker(number):
-    """A forked worker shares its parent's memory until someone writes, and the garbage collector writes into all objects."""
+    """A forked worker shares its parent's memory until one writes, and the garbage collector writes into all objects."""
     gc.freeze()
 
 def loader(dataset, batches, workers=0, device="cpu"):
@@ -364,8 +364,9 @@ def loader(dataset, batches, workers=0, device="cpu"):
         watched = workers and hasattr(signal, "SIGCHLD")  # (not on Windows)
         handler = watched and signal.getsignal(signal.SIGCHLD)
         # Its own generator: an iterator draws a number when it is made, and a resumed run makes one more.
-        feed = iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, worker_init_fn=_start_worker,
-                               pin_memory=str(device).startswith("cuda"), generator=torch.Generator()))
+        feed = iter(DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                               worker_init_fn=_start_worker, pin_memory=str(device).startswith("cuda"),
+                               generator=torch.Generator()))
         if watched:  # torch reports a dead worker from a signal handler, at any line of the training step. Without the
             signal.signal(signal.SIGCHLD, handler)  # handler it reports when the next batch is asked for: here.
         for batch in feed:

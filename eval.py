@@ -277,8 +277,8 @@ def run(args, parser):
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     objects = sum(len(result.get("detections", ())) for result in results)
-    print(f"{len(results) - len(errors)} of {len(results)} photos, {objects} objects of score {args.score:g} or more: "
-          f"pictures and predictions.json in {folder}")
+    where = f": pictures and predictions.json in {folder}" if len(errors) < len(results) else ""
+    print(f"{len(results) - len(errors)} of {len(results)} photos, {objects} objects of score {args.score:g} or more{where}")
     return len(errors)
 
 

@@ -105,6 +105,12 @@ def settle(given):
         recipe = recipe.but(max_size=round(given["image_size"] * recipe.max_size / recipe.image_size))
     recipe = recipe.but(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
     cfg = row.but(**(changes | {f.name: given[f.name] for f in fields(Config) if f.name in given}))
+    for names, read, remedy in (
+            (variants.DIFFUSION, cfg.queries == "noise", "a diffusion variant, such as --variant diffu"),
+            (variants.DENOISING, cfg.denoising != "none", "a variant with denoising queries, such as --variant dino")):
+        if idle := [name for name in names if name in given and not read]:
+            raise ConfigError(f"--{idle[0].replace('_', '-')} {given[idle[0]]}: {run['variant']} does not read it; it is for "
+                              f"{remedy}")
     check(run, recipe)
     return run, cfg, recipe
 

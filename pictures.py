@@ -176,6 +176,8 @@ def compare_runs(folders, out_path):
     axes = figure.subplots(1, 2)
     curves, found = {}, []
     for n, folder in enumerate(folders):
+        if not (Path(folder) / "log.jsonl").exists():
+            raise FileNotFoundError(f"--compare {folder}: no log.jsonl there. Name a run's folder, such as out/diffu-toy")
         series, name, colour = read_log(Path(folder) / "log.jsonl"), Path(folder).resolve().name, f"C{n}"
         steps, values = curves[n] = series("loss_class")
         axes[0].plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)

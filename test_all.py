@@ -128,6 +128,14 @@ def test_variants_contradictions_say_what_to_write():
     assert "diffu" in error_of(variants.variant, "detrr", kind=variants.ConfigError)
 
 
+def test_options_that_a_variant_does_not_read_are_refused():
+    for name, value, remedy in (("evaluations", 5, "diffu"), ("schedule", "linear", "diffu"), ("dn_queries", 10, "dino")):
+        message = error_of(options.settle, {"variant": "deformable", name: value}, kind=variants.ConfigError)
+        assert "--" + name.replace("_", "-") in message and "deformable" in message and remedy in message
+        assert getattr(options.settle({"variant": remedy, name: value})[1], name) == value
+    assert {*variants.DIFFUSION, *variants.DENOISING} <= {f.name for f in fields(variants.Config)}
+
+
 def test_variants_every_field_is_read_and_explained():
     """A field that nothing reads is a defect, and so is one that --help does not explain."""
     code = "".join((HERE / f).read_text() for f in ("model.py", "matcher.py", "diffusion.py", "eval.py"))
@@ -2466,6 +2474,15 @@ def test_eval_plot_curves():
 
 
 # ----------------------------------------------------------------------------------------------------- command line
+
+def test_eval_compare_names_a_folder_without_a_run():
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            evaluation.main(["--compare", f"{folder}/gone", "--out", f"{folder}/both.png"])
+            raise AssertionError("accepted")
+        except SystemExit as stop:
+            assert stop.code == 2 and f"--compare {folder}/gone: no log.jsonl" in said.getvalue()
+
 
 def test_eval_compare_finds_the_crossings():
     """Two runs with known curves: where one passes the other's floor, that the other never does, and a picture."""

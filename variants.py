@@ -172,6 +172,11 @@ class Config:
     but = changed
 
 
+# Fields of Config that are read only by some variants: those with queries="noise", those with denoising queries.
+DIFFUSION = tuple("timesteps schedule noise signal_scale evaluations eta renewal survivors time sampler ensemble_nms".split())
+DENOISING = ("dn_queries", "dn_groups", "label_noise", "box_noise")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained. The defaults are Conditional/DAB/DN's: AdamW, 50 epochs, one drop of the rate."""
