@@ -2708,6 +2708,7 @@ def test_train_resume_continues_as_if_never_stopped():
         os.truncate(cut + "/last.pth", 10000)
         code, said = run_quietly(["--resume", cut])
         assert code == 0 and "cut/last.pth: " in said and "last.prev.pth, step 2" in said, said
+        assert os.path.getsize(cut + "/last.damaged.pth") == 10000
         steps = [weights.read_checkpoint(p)["step"] for p in sorted(Path(cut).glob("step-*.pth"))]
         assert steps == [2, 4] and run_quietly(["--resume", cut + "/step-4.pth", "--amp", "bf16"])[0] == 2
         a, b = (weights.read_checkpoint(Path(p) / "last.pth") for p in (whole, cut))
@@ -2980,6 +2981,19 @@ def test_distributed_torchrun_trains_scores_and_resumes():
         tests = [line for line in map(json.loads, open(out + "/log.jsonl")) if "AP" in line]
         assert [line["step"] for line in tests] == [2, 3]
         assert weights.read_checkpoint(out + "/last.pth")["step"] == 3
+
+
+def test_distributed_photo_that_fails_in_the_second_process():
+    """Its error names the photo and the process, both processes end, and the steps until then can be resumed."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = coco_folder(Path(folder) / "boxes", photos=4)
+        index, _ = list(BatchOrder(4, 2, 0, 0))[1][1]                              # the second step's second photo
+        os.truncate(where / "train2017" / f"{index + 1}.png", 100)
+        code, said = torchrun(2, "--variant", "deformable", "--data", str(where), "--backbone-weights", "none", "--steps", "4",
+                              "--out", folder + "/run", *TINY_RUN, "--batch-size", "2", "--micro-batch", "1")
+        assert code and "error (process 1)" in said and f"{index + 1}.png" in said and "another process" in said, said
+        assert said.count("Traceback (most recent call last)") == 1, said                            # torchrun's own
+        assert weights.read_checkpoint(folder + "/run/last.pth")["step"] == 1
 
 
 # ==================================================================================================== ablate.py
