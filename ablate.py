@@ -68,7 +68,7 @@ def score_of(out, trained, sampling, pictures, seed, dataset, amp):
     kept, name = folder / "scores.json", json.dumps(sampling)
     scores = json.loads(kept.read_text()) if kept.exists() else {}
     if name not in scores:
-        if (folder / "last.pth").exists():
+        if any((folder / file).exists() for file in ("last.pth", "last.prev.pth")):
             run, cfg, recipe, checkpoint = options.resumed({"resume": str(folder)})
         else:
             run, cfg, recipe = options.settle(trained | {
@@ -79,7 +79,7 @@ def score_of(out, trained, sampling, pictures, seed, dataset, amp):
             train.train(run, cfg, recipe, checkpoint)
             if weights.read_checkpoint(folder / "last.pth")["step"] < recipe.steps:
                 sys.exit("stopped; the same command goes on")
-        model, meta = weights.load_checkpoint(folder / "last.pth", **sampling)
+        model, meta = weights.load_checkpoint(weights.read_last(folder)[0], **sampling)
         transform = data.eval_transform(meta["recipe"]["image_size"], meta["recipe"]["max_size"])
         photos = data.open_data(dataset, split="val", transform=transform, category_ids=meta["category_ids"],
                                 image_size=meta["recipe"]["image_size"], toy_count=500)

@@ -9,7 +9,6 @@ Read in this order: `Photos` (how a sample is made), the transforms (DETR, Cario
 """
 import gc
 import json
-import math
 import os
 import random
 import signal
@@ -179,14 +178,17 @@ def _label_map(categories, category_ids, where):
                         f"Use data with these, or train a new head.")
     return ids, [names.get(key, "N/A") for key in ids], {key: label for label, key in enumerate(ids)}
 
+class _Taken(int):
+    """Stands for an annotation whose numbers were taken; no file can contain one."""
+
 class CocoFolder(Photos):
     """A folder in COCO's layout (TREE), checked when it is opened so that no run stops in its third hour.
     category_ids: label -> category id. None: the file's ids, sorted. A checkpoint's list, to keep its labels: the
     published heads' label IS the category id, so theirs is range(91).
     Attributes: image_ids [N], category_ids [C], classes [C] (names; "N/A" where the file has none), summary (one line,
     with what was repaired). Raises DataError for what cannot be repaired.
-    All is kept in a few arrays, filled while the file is parsed. Python objects would be copied into every forked worker,
-    page by page, because reading one writes its reference count; and COCO's outlines take gigabytes."""
+    Annotations leave only their numbers while the file is parsed (COCO's outlines take gigabytes), in a few arrays: Python
+    objects would be copied into every forked worker, page by page, because reading one writes its reference count."""
     def __init__(self, root, split="train2017", transform=None, category_ids=None):
         self.root, self.transform, folder = root, transform, os.path.join(root, split)
         self.file = file = os.path.join(root, "annotations", f"instances_{split}.json")
@@ -195,23 +197,23 @@ class CocoFolder(Photos):
             raise DataError(TREE.format(root=root, what=what) + DOWNLOAD * is_coco)
         ids, owner, kind, crowd, xywh = [], [], [], [], array("d")  # of the annotations
 
-        def take(record, must=False):
-            """An annotation leaves its numbers there and is dropped as soon as it is parsed; another record stays."""
-            if not (must or "image_id" in record and "bbox" in record):
+        def take(record):
+            """A sound annotation leaves its numbers there and becomes its place among them; other records stay."""
+            box, image, category = (record.get(key) for key in ("bbox", "image_id", "category_id"))
+            if not (type(image) is type(category) is int and isinstance(box, list) and len(box) == 4
+                    and all(isinstance(v, (int, float)) and abs(v) < 1e300 for v in box)):            # nor NaN
                 return record
-            who = f"{file}: annotation {record.get('id') if isinstance(record, dict) else record!r}"
-            owner.append(_field(record, "image_id", int, who)), kind.append(_field(record, "category_id", int, who))
-            ids.append(record.get("id")), crowd.append(bool(record.get("iscrowd")))
-            box = record.get("bbox")
-            if not (isinstance(box, list) and len(box) == 4
-                    and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)):
-                raise DataError(f"{who}: bbox {box!r} is not four finite numbers (x, y, w, h in pixels). Correct it.")
-            xywh.extend(box)
-            return ...                                             # which no file can contain
+            ids.append(record.get("id")), owner.append(image), kind.append(category), xywh.extend(box)
+            crowd.append(bool(record.get("iscrowd")))
+            return _Taken(len(ids) - 1)
 
         coco = _load_json(file, take)
-        for record in (record for record in coco["annotations"] if record is not ...):
-            take(record, must=True)                                # has no image_id or no bbox: an error
+        for record in (record for record in coco["annotations"] if type(record) is not _Taken):
+            who = f"{file}: annotation {record.get('id') if isinstance(record, dict) else record!r}"
+            _field(record, "image_id", int, who), _field(record, "category_id", int, who)
+            raise DataError(f"{who}: bbox {record.get('bbox')!r} is not four finite numbers (x, y, w, h). Correct it.")
+        mine = np.array(coco["annotations"], np.int64)                       # other lists may hold the like
+        ids, owner, kind, crowd = ([column[i] for i in mine] for column in (ids, owner, kind, crowd))
         self.category_ids, self.classes, label_of = _label_map(coco["categories"], category_ids, file)
         known = {record["id"] for record in coco["categories"]}
 
@@ -249,7 +251,7 @@ class CocoFolder(Photos):
                                 f"remove it.")
         owner = np.array([place[key] for key in owner], np.int64)
         labels = np.array([label_of[key] for key in kind], np.int64)
-        raw = np.array(xywh).reshape(-1, 4)
+        raw = np.array(xywh).reshape(-1, 4)[mine]
         raw[:, 2:] += raw[:, :2]
         boxes = raw.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
         single = ~np.array(crowd, bool)  # a crowd is no single object to learn, and COCO's metric ignores hits on it

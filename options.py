@@ -20,6 +20,18 @@ FREE = {"resume", "device", "workers", "data_root", "epochs", "steps", "eval_eve
         "lr_backbone", "clip_norm", "keep_every", "checkpoint_activations"}
 
 
+# Fields of Config that are idle unless another field has one of these values, and a variant where it has.
+READ_ONLY_WITH = [
+    (("timesteps", "schedule", "noise", "signal_scale", "evaluations", "eta", "renewal", "survivors", "time", "sampler",
+      "ensemble_nms"), ("queries", ("noise",)), "diffu"),
+    (("dn_queries",), ("denoising", ("cdn",)), "dino"),
+    (("dn_groups",), ("denoising", ("dn",)), "dn"),
+    (("label_noise", "box_noise"), ("denoising", ("dn", "cdn")), "dino"),
+    (("points",), ("attention", ("deformable",)), "deformable"),
+    (("no_object",), ("class_loss", ("ce",)), "detr"),
+]
+
+
 def parse(argv, description):
     """The command line as a dict of what was given; defaults are `settle`'s."""
     parser = argparse.ArgumentParser(
@@ -105,12 +117,11 @@ def settle(given):
         recipe = recipe.but(max_size=round(given["image_size"] * recipe.max_size / recipe.image_size))
     recipe = recipe.but(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
     cfg = row.but(**(changes | {f.name: given[f.name] for f in fields(Config) if f.name in given}))
-    for names, read, remedy in (
-            (variants.DIFFUSION, cfg.queries == "noise", "a diffusion variant, such as --variant diffu"),
-            (variants.DENOISING, cfg.denoising != "none", "a variant with denoising queries, such as --variant dino")):
-        if idle := [name for name in names if name in given and not read]:
-            raise ConfigError(f"--{idle[0].replace('_', '-')} {given[idle[0]]}: {run['variant']} does not read it; it is for "
-                              f"{remedy}")
+    for names, condition, example in READ_ONLY_WITH:
+        field, values = condition
+        if idle := [name for name in names if name in given and getattr(cfg, field) not in values]:
+            raise ConfigError(f"--{idle[0].replace('_', '-')} is read only with --{field.replace('_', '-')} "
+                              f"{' or '.join(values)}, as in --variant {example}: leave it away, or write that too")
     check(run, recipe)
     return run, cfg, recipe
 
@@ -119,6 +130,8 @@ def check(run, recipe):
     """Raise ConfigError for options of the run that cannot be."""
     if run["data_root"] and run["data"] != "coco":
         raise ConfigError("--data-root says where COCO is: write --data coco, or --data DIR alone")
+    if recipe.repeat_rare and run["data"] == "toy":
+        raise ConfigError("--repeat-rare: toy shapes have no rare class: leave it away")
     for name, least in (("overfit", 0), ("workers", 0), ("save_steps", 1), ("keep_every", 0)):
         if run[name] < least:
             raise ConfigError(f"--{name.replace('_', '-')} {run[name]}: it must be at least {least}")

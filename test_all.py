@@ -9,6 +9,7 @@ import collections
 import contextlib
 import copy
 import ctypes
+import functools
 import gc
 import io
 import itertools
@@ -129,11 +130,16 @@ def test_variants_contradictions_say_what_to_write():
 
 
 def test_options_that_a_variant_does_not_read_are_refused():
-    for name, value, remedy in (("evaluations", 5, "diffu"), ("schedule", "linear", "diffu"), ("dn_queries", 10, "dino")):
-        message = error_of(options.settle, {"variant": "deformable", name: value}, kind=variants.ConfigError)
-        assert "--" + name.replace("_", "-") in message and "deformable" in message and remedy in message
-        assert getattr(options.settle({"variant": remedy, name: value})[1], name) == value
-    assert {*variants.DIFFUSION, *variants.DENOISING} <= {f.name for f in fields(variants.Config)}
+    for names, (field, values), example in options.READ_ONLY_WITH:
+        idle = next(n for n, row in variants.VARIANTS.items() if getattr(row, field) not in values)
+        for name in names:
+            value = getattr(variants.variant(example), name)
+            assert getattr(options.settle({"variant": example, name: value})[1], name) == value
+            message = error_of(options.settle, {"variant": idle, name: value}, kind=variants.ConfigError)
+            assert message.startswith("--" + name.replace("_", "-") + " ") and values[0] in message and example in message
+    message = error_of(options.settle, {"variant": "dino", "dn_groups": 3}, kind=variants.ConfigError)
+    assert "--denoising dn, as in --variant dn" in message
+    assert "toy shapes" in error_of(options.settle, {"repeat_rare": 0.1}, kind=variants.ConfigError)
 
 
 def test_variants_every_field_is_read_and_explained():
@@ -202,6 +208,7 @@ def test_msda_equals_its_definition():
             assert torch.allclose(way(*args), want, atol=1e-12)
 
 
+@mock.patch.object(plain, "CHUNK", 16)                              # several chunks, the last one smaller
 def test_msda_ways_agree_on_any_shape():
     """Output and all gradients against autograd through the definition in float64: any shape, dtype and threads.
 
@@ -1819,17 +1826,37 @@ def test_data_plain_flip():
 
 def test_data_fast_resize():
     """Training's resize gives PIL's bytes but for a few, which differ by 1 or 2; sizes and boxes are the same."""
-    differ, count = 0, 0
+    differ, count, boxes = 0, 0, np.float32([[10, 20, 200, 180]])
     for seed in range(20):
-        rng, shapes = toy.scene(f"resize {seed}", 300)
-        fast, exact = (data.train_transform(size, 1333, exact=exact)(
-            toy.picture(random.Random(seed), shapes, 300).crop((0, 0, 300, 200)), np.float32([[10, 20, 200, 180]]),
-            np.array([0]), random.Random(seed)) for exact in (False, True) for size in [(120, 400)[seed % 2]])
+        _, shapes = toy.scene(f"resize {seed}", 300)
+        photo = toy.picture(random.Random(seed), shapes, 300).crop((0, 0, 300, 200))
+        exact, fast = (functools.partial(data.train_transform((120, 400)[seed % 2], 1333, exact=exact), photo, boxes, np.array([0]))
+                       for exact in (True, False))
+        exact = exact(random.Random(seed))
+        with mock.patch.object(Image.Image, "resize", side_effect=AssertionError("slow")):
+            fast = fast(random.Random(seed))
         assert fast[0].size == exact[0].size and np.array_equal(fast[1], exact[1]) and np.array_equal(fast[2], exact[2])
         apart = abs(np.asarray(fast[0], int) - np.asarray(exact[0], int))
         assert apart.max() <= 2
         differ, count = differ + (apart > 0).sum(), count + apart.size
     assert differ < 0.01 * count
+
+
+def test_data_only_the_list_of_annotations_counts():
+    """Other lists, and fields of an annotation, may hold what looks like one."""
+    with _coco_folder() as root:
+        path = os.path.join(root, "annotations", "instances_train2017.json")
+        before = data.CocoFolder(root)
+        with open(path, encoding="utf-8") as file:
+            coco = json.load(file)
+        extra = dict(coco["annotations"][0], id=999, bbox=[0, 0, 5, 5])
+        coco = {"rejected": [extra, dict(extra, category_id=None)], **coco}
+        coco["annotations"][-1]["parent"] = extra
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(coco, file)
+        after = data.CocoFolder(root)
+        assert before.summary == after.summary and np.array_equal(before.boxes, after.boxes)
+        assert np.array_equal(before.labels, after.labels) and np.array_equal(before.offsets, after.offsets)
 
 
 def test_data_boxes_follow_pixels():
@@ -2706,9 +2733,19 @@ def test_train_resume_continues_as_if_never_stopped():
         assert code == 0 and len(calls) == 3 and f"--resume {cut}" in said
         assert run_quietly(["--resume", cut, "--variant", "detr"])[0] == 2
         os.truncate(cut + "/last.pth", 10000)
-        code, said = run_quietly(["--resume", cut])
+        whole_ones = []
+
+        def look(*args, **kwargs):
+            """There is a whole checkpoint to fall back to, before and after each save."""
+            whole_ones.append(weights.read_checkpoint(cut + "/last.prev.pth")["step"])
+            saved(*args, **kwargs)
+            whole_ones.append(weights.read_checkpoint(cut + "/last.prev.pth")["step"])
+
+        saved = weights.save
+        with mock.patch.object(weights, "save", look):
+            code, said = run_quietly(["--resume", cut])
         assert code == 0 and "cut/last.pth: " in said and "last.prev.pth, step 2" in said, said
-        assert os.path.getsize(cut + "/last.damaged.pth") == 10000
+        assert whole_ones[:2] == [2, 2] and whole_ones[-1] > 2, whole_ones
         steps = [weights.read_checkpoint(p)["step"] for p in sorted(Path(cut).glob("step-*.pth"))]
         assert steps == [2, 4] and run_quietly(["--resume", cut + "/step-4.pth", "--amp", "bf16"])[0] == 2
         a, b = (weights.read_checkpoint(Path(p) / "last.pth") for p in (whole, cut))

@@ -143,7 +143,7 @@ def train(run, cfg, recipe, checkpoint=None):
                        buckets=recipe.buckets)
     per_epoch = len(order_of(0))
     total = recipe.steps or recipe.epochs * per_epoch
-    step, best, tested, saved = 0, -1.0, 0, time.time()
+    step, best, tested, saved, wrote = 0, -1.0, 0, time.time(), False
     out = Path(run["out"])
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -158,9 +158,10 @@ def train(run, cfg, recipe, checkpoint=None):
 
     def save(name, whole=True):
         """Write a checkpoint; `whole` ones can be resumed."""
-        nonlocal saved
+        nonlocal saved, wrote
+        keep = name == "last.pth" and wrote                        # a last.pth that was there may be damaged: no successor
         if name == "last.pth":
-            saved = time.time()
+            saved, wrote = time.time(), True
         if not first:
             return
         content = {"format": "minDETR", "variant": run["variant"], "config": asdict(cfg), "recipe": asdict(recipe),
@@ -169,7 +170,7 @@ def train(run, cfg, recipe, checkpoint=None):
         if whole:
             content |= {"run": run, "optimizer": optimizer.state_dict(), "best": best, "tested": tested,
                         "scaler": scaler.state_dict(), "average": average.state_dict() if average else None}
-        weights.save(out / name, content, keep_previous=name == "last.pth")
+        weights.save(out / name, content, keep_previous=keep)
 
     def test():
         """Evaluate, and keep what is worth keeping. The average of the weights is what counts, where there is one."""

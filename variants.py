@@ -77,7 +77,7 @@ class Config:
     dn_queries: int = option(100, "cdn: positive denoising queries in all; as many groups as fit, at least 1")
     dn_groups: int = option(5, "dn: groups; each holds every target once")
     label_noise: float = option(0.2, "share of denoising labels replaced by a random class")
-    box_noise: float = option(0.4, "largest shift of a denoising box, in halves of its size")
+    box_noise: float = option(0.4, "scale of a denoising box's noise: at 1 its corners move by up to half the box")
     # ---- the diffusion of reference boxes (diffusion.py; read when queries are noise)
     timesteps: int = option(100, "T, the steps of the forward process")
     schedule: str = option("cosine", "noise schedule", ("cosine", "linear", "sqrt"))
@@ -170,11 +170,6 @@ class Config:
         return self.num_classes + (self.class_loss == "ce")
 
     but = changed
-
-
-# Fields of Config that are read only by some variants: those with queries="noise", those with denoising queries.
-DIFFUSION = tuple("timesteps schedule noise signal_scale evaluations eta renewal survivors time sampler ensemble_nms".split())
-DENOISING = ("dn_queries", "dn_groups", "label_noise", "box_noise")
 
 
 @dataclass(frozen=True)

@@ -399,8 +399,7 @@ def save(path, checkpoint, keep_previous=False):
 def read_last(path):
     """The newest whole checkpoint of a run's folder, or the named file -> (its path, its dict).
 
-    Where last.pth is damaged (or a crash came between `save`'s two renames), the one before is taken, and said so; what is
-    damaged becomes last.damaged.pth, or the next save would put it in the place of the whole one.
+    Where last.pth is damaged (or a crash came between `save`'s two renames), the one before is taken, and said so.
     Raises WeightsError.
     """
     if path.is_file():
@@ -415,8 +414,6 @@ def read_last(path):
             raise
         checkpoint = read_checkpoint(before)
         print(f"{error}\nTaking the checkpoint before it: {before}, step {checkpoint.get('step')}")
-        with contextlib.suppress(FileNotFoundError):                 # it never was there, or another process was faster
-            os.replace(path, path.with_suffix(".damaged.pth"))
         return before, checkpoint
 
 

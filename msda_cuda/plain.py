@@ -79,7 +79,7 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
     dtypes = value.dtype, offsets.dtype, logits.dtype
     grad_out, value, offsets, logits, reference = widened(grad_out, value, offsets, logits, reference)
     (B, Q, M, L, P, _), (_, S, _, D) = offsets.shape, value.shape
-    K = 4 * L * P
+    N = 4 * L * P                                                       # rows that a query reads for a head
     token = torch.arange(0, S * M, M, device=value.device, dtype=torch.int32)
     size = torch.tensor([(w, h) for h, w in shapes], device=value.device)[:, None]
     grads = [torch.zeros_like(t) for t in (value, offsets, logits, reference)]
@@ -91,7 +91,7 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
             s = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
             rows.append(s.row.flatten(2))
             weights.append(s.weights().flatten(2))
-            read = table.index_select(0, rows[-1].flatten()).view(-1, M, K, D)
+            read = table.index_select(0, rows[-1].flatten()).view(-1, M, N, D)
             dot = read.mul_(grad[some, :, None]).sum(-1).view(s.row.shape).unbind(-1)
             left, right = (dot[i] * s.wy[0] + dot[i + 2] * s.wy[1] for i in (0, 1))
             upper, lower = (dot[i] * s.wx[0] + dot[i + 1] * s.wx[1] for i in (0, 2))
@@ -115,6 +115,6 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
             row, order = rows[:, m].flatten().sort()
             first = torch.searchsorted(row, token + m, out_int32=True)
             weight = weights[:, m].flatten()[order]
-            grads[0][b, :, m] = F.embedding_bag((order // K).int(), grad[:, m].contiguous(), first, mode="sum",
+            grads[0][b, :, m] = F.embedding_bag((order // N).int(), grad[:, m].contiguous(), first, mode="sum",
                                                 per_sample_weights=weight)
     return *(grad.to(dtype) for grad, dtype in zip(grads, dtypes)), grads[3] if of_reference else None
