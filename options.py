@@ -20,7 +20,8 @@ FREE = {"resume", "device", "workers", "data_root", "epochs", "steps", "eval_eve
         "lr_backbone", "clip_norm", "keep_every", "checkpoint_activations"}
 
 
-# Fields of Config that are idle unless another field has one of these values, and a variant where it has.
+# The fields of Config that are easily given to a variant that does not read them: (fields, (the field that decides, its
+# values under which they are read), a variant where it has one of these).
 READ_ONLY_WITH = [
     (("timesteps", "schedule", "noise", "signal_scale", "evaluations", "eta", "renewal", "survivors", "time", "sampler",
       "ensemble_nms"), ("queries", ("noise",)), "diffu"),

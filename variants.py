@@ -77,7 +77,8 @@ class Config:
     dn_queries: int = option(100, "cdn: positive denoising queries in all; as many groups as fit, at least 1")
     dn_groups: int = option(5, "dn: groups; each holds every target once")
     label_noise: float = option(0.2, "share of denoising labels replaced by a random class")
-    box_noise: float = option(0.4, "scale of a denoising box's noise: at 1 its corners move by up to half the box")
+    box_noise: float = option(0.4, "noise of denoising boxes: dn moves centre and size by up to this times (w/2, h/2, w, h), "
+                              "cdn corners by up to this times (w/2, h/2), negatives up to twice that")
     # ---- the diffusion of reference boxes (diffusion.py; read when queries are noise)
     timesteps: int = option(100, "T, the steps of the forward process")
     schedule: str = option("cosine", "noise schedule", ("cosine", "linear", "sqrt"))

@@ -2,7 +2,7 @@
 
 A row is one token's D channels of one head; a (query, head) sums 4 * L * P of them, as `F.embedding_bag` does, which
 needs neither the value laid out anew nor every sample in memory as `F.grid_sample` does. Backward, the same sum runs
-from queries to tokens: sorted by row, the samples of a token are a bag of queries.
+from queries to tokens: sorted by row, head by head, the samples of a token are a bag of queries.
 """
 from typing import NamedTuple
 
