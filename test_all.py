@@ -208,7 +208,7 @@ def test_msda_equals_its_definition():
             assert torch.allclose(way(*args), want, atol=1e-12)
 
 
-@mock.patch.object(plain, "CHUNK", 16)                              # several chunks, the last one smaller
+@mock.patch.multiple(plain, CHUNK=16, READ=6)                          # several chunks, the last one smaller
 def test_msda_ways_agree_on_any_shape():
     """Output and all gradients against autograd through the definition in float64: any shape, dtype and threads.
 

@@ -9,18 +9,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-CHUNK = 512                                       # queries at a time: what they need stays in a processor's cache
+CHUNK = 512              # queries at a time: enough for every core, few enough for a processor's cache
+READ = 128               # of them whose rows, M * N of D channels each, are copied at once when going backward
 
 
 class Samples(NamedTuple):
-    """What n queries of an image read, K = L * P points each. [n, M, K] but for `row`, which is [n, M, K, 4]."""
-    row: torch.Tensor                  # of value.view(S * M, D), int32: upper left, upper right, lower left, lower right
+    """What n queries of an image read, K = L * P points each. [n, M, K] but for `token`, which is [n, M, K, 4]."""
+    token: torch.Tensor                # of 0..S - 1, int32: upper left, upper right, lower left, lower right
     a: torch.Tensor                    # attention weights
     wx: tuple                          # linear weights of the left and right column, 0 where there is none
     wy: tuple                          # and of the upper and lower row
     x_exists: tuple                    # 1 where there is a left, a right column, else 0
     y_exists: tuple
     steps: tuple                       # [n, 1, K] or 1, for x and for y: pixels that an offset of 1 moves the point
+
+    def rows(self):
+        """[n, M, K, 4] of value.view(S * M, D)."""
+        M = self.token.shape[1]
+        head = torch.arange(M, device=self.token.device, dtype=torch.int32).view(M, 1, 1)
+        return torch.add(head, self.token, alpha=M)
 
     def weights(self):
         """[n, M, K, 4] of the rows: bilinear times attention."""
@@ -29,7 +36,7 @@ class Samples(NamedTuple):
 
 def samples(shapes, offsets, logits, reference):
     """Where the queries look. Args: offsets [n, M, L, P, 2], logits [n, M, L, P], reference [n, L, 2 or 4]."""
-    n, M, _, P = logits.shape
+    P = logits.shape[-1]
     levels = torch.tensor([(w, h, sum(a * b for a, b in shapes[:l])) for l, (h, w) in enumerate(shapes)],
                           device=logits.device).repeat_interleave(P, 0)                                    # [K, 3]
     reference = reference.repeat_interleave(P, 1)[:, None]                                          # [n, 1, K, 2 or 4]
@@ -49,9 +56,8 @@ def samples(shapes, offsets, logits, reference):
         columns.append((index, exists, ((1 - (place - low)) * exists[0], (place - low) * exists[1])))
     (x, x_exists, wx), (y, y_exists, wy) = columns
     w, start = levels[:, 0].int(), levels[:, 2].int()
-    head = torch.arange(M, device=w.device, dtype=torch.int32).view(M, 1)
-    row = torch.stack([(start + j * w + i) * M + head for j in y for i in x], -1)
-    return Samples(row, logits.flatten(2).softmax(-1), wx, wy, x_exists, y_exists, tuple(steps))
+    token = torch.stack([start + j * w + i for j in y for i in x], -1)
+    return Samples(token, logits.flatten(2).softmax(-1), wx, wy, x_exists, y_exists, tuple(steps))
 
 
 def widened(*tensors):
@@ -68,7 +74,7 @@ def forward(value, shapes, offsets, logits, reference):
         for q in range(0, offsets.shape[1], CHUNK):
             some = slice(q, q + CHUNK)
             s = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
-            sums = F.embedding_bag(s.row.flatten(0, 1).flatten(1), table, mode="sum",
+            sums = F.embedding_bag(s.rows().flatten(0, 1).flatten(1), table, mode="sum",
                                    per_sample_weights=s.weights().flatten(0, 1).flatten(1))
             out[b, some] = sums.view(-1, M * D)
     return out
@@ -80,19 +86,24 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
     grad_out, value, offsets, logits, reference = widened(grad_out, value, offsets, logits, reference)
     (B, Q, M, L, P, _), (_, S, _, D) = offsets.shape, value.shape
     N = 4 * L * P                                                       # rows that a query reads for a head
-    token = torch.arange(0, S * M, M, device=value.device, dtype=torch.int32)
+    every_token = torch.arange(S, device=value.device, dtype=torch.int32)
     size = torch.tensor([(w, h) for h, w in shapes], device=value.device)[:, None]
+    kept = value.new_empty(min(READ, Q) * M * N, D)                     # one allocation: fresh pages would cost more
     grads = [torch.zeros_like(t) for t in (value, offsets, logits, reference)]
     for b in range(B if Q else 0):
         table, grad = value[b].flatten(0, 1), grad_out[b].reshape(Q, M, D)
-        rows, weights = [], []
-        for q in range(0, Q, CHUNK // 4):
-            some = slice(q, q + CHUNK // 4)
+        tokens = torch.empty(M, Q, N, device=value.device, dtype=torch.int32)
+        weights = value.new_empty(M, Q, N)
+        for q in range(0, Q, CHUNK):
+            some = slice(q, q + CHUNK)
             s = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
-            rows.append(s.row.flatten(2))
-            weights.append(s.weights().flatten(2))
-            read = table.index_select(0, rows[-1].flatten()).view(-1, M, N, D)
-            dot = read.mul_(grad[some, :, None]).sum(-1).view(s.row.shape).unbind(-1)
+            tokens[:, some] = s.token.flatten(2).transpose(0, 1)
+            weights[:, some] = s.weights().flatten(2).transpose(0, 1)
+            dot = []
+            for row, g in zip(s.rows().split(READ), grad[some].split(READ)):
+                torch.index_select(table, 0, row.flatten(), out=(read := kept[:row.numel()]))
+                dot.append(read.view(-1, M, N, D).mul_(g[:, :, None]).sum(-1))
+            dot = torch.cat(dot).view(s.token.shape).unbind(-1)
             left, right = (dot[i] * s.wy[0] + dot[i + 2] * s.wy[1] for i in (0, 1))
             upper, lower = (dot[i] * s.wx[0] + dot[i + 1] * s.wx[1] for i in (0, 2))
             grad_a = left * s.wx[0] + right * s.wx[1]
@@ -110,11 +121,10 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
                     if reference.shape[-1] == 4:
                         of_size = of_place * offsets[b, some, ..., axis] * (0.5 / P)
                         grads[3][b, some, :, 2 + axis] = of_size.masked_fill(still.view_as(of_size), 0).sum((1, 3))
-        rows, weights = torch.cat(rows), torch.cat(weights)
         for m in range(M):                                                 # a head's samples alone fit in the cache
-            row, order = rows[:, m].flatten().sort()
-            first = torch.searchsorted(row, token + m, out_int32=True)
-            weight = weights[:, m].flatten()[order]
-            grads[0][b, :, m] = F.embedding_bag((order // N).int(), grad[:, m].contiguous(), first, mode="sum",
+            token, order = tokens[m].flatten().sort()
+            first = torch.searchsorted(token, every_token, out_int32=True)
+            weight = weights[m].flatten().index_select(0, order)
+            grads[0][b, :, m] = F.embedding_bag(order.int() // N, grad[:, m].contiguous(), first, mode="sum",
                                                 per_sample_weights=weight)
     return *(grad.to(dtype) for grad, dtype in zip(grads, dtypes)), grads[3] if of_reference else None
