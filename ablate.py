@@ -17,6 +17,7 @@ import data
 import eval as evaluation
 import options
 import train
+import variants
 import weights
 
 # The paper's AP of every choice (DiffuDINO, COCO); None where it gives none. The first of each axis is the default.
@@ -34,10 +35,11 @@ ABLATIONS = {
 SAMPLING = ("evaluations", "sampler", "eta", "renewal", "survivors")              # need no training of their own
 
 
-def ablate(pictures, seeds, dataset, amp, out):
+def ablate(pictures, seeds, base, out):
     """Train and score every choice of ABLATIONS, one at a time from the default; tables of mean and spread over seeds.
 
-    Everything is kept in `out`: a run that was stopped goes on where it was, and a score is never computed twice.
+    `base` are the options of train.py that all trainings share, among them `data`. Everything is kept in `out`: a run
+    that was stopped goes on where it was, and a score is never computed twice.
     """
     scores = defaultdict(list)
     for seed in range(seeds):
@@ -45,11 +47,10 @@ def ablate(pictures, seeds, dataset, amp, out):
             for place, value in enumerate(values):
                 change = {axis: value} if place else {}
                 trained = {} if axis in SAMPLING else change
-                scores[axis, value].append(score_of(out, trained, {} if trained else change, pictures, seed, dataset,
-                                                    amp))
+                scores[axis, value].append(score_of(out, trained, {} if trained else change, pictures, seed, base))
                 print(f"seed {seed}: {axis}={value}: AP {scores[axis, value][-1]:.4f}", flush=True)
-    print(f"\ndiffu, small, {dataset}, {pictures} training pictures, {seeds} seeds: AP in points, mean and spread (highest "
-          "- lowest); difference to the default, mean over seeds of the same seed's, and its own spread")
+    print(f"\ndiffu, small, {base['data']}, {pictures} training pictures, {seeds} seeds: AP in points, mean and spread "
+          "(highest - lowest); difference to the default, mean over seeds of the same seed's, and its own spread")
     print(f"{'':30} {'ours':>14} {'- default':>16} {'paper':>7} {'- default':>10}")
     for axis, values in ABLATIONS.items():
         default = next(iter(values))
@@ -61,9 +62,11 @@ def ablate(pictures, seeds, dataset, amp, out):
                   f"{statistics.mean(apart):+8.1f} ({max(apart) - min(apart):4.1f}) {theirs}")
 
 
-def score_of(out, trained, sampling, pictures, seed, dataset, amp):
+def score_of(out, trained, sampling, pictures, seed, base):
     """AP of a model trained with the changes `trained`, sampled with the changes `sampling`; from `out` if it is there."""
-    study = f"{Path(dataset).name}-{pictures}-{amp}"
+    dataset = base["data"]                                       # of a folder the whole path: others may have its last name
+    place = dataset if dataset in ("toy", "coco") else str(Path(dataset).resolve()).strip("/")
+    study = "-".join(str(x).replace("/", "_") for x in (place, pictures, *(v for k, v in base.items() if k != "data")))
     folder = out / study / "-".join([*(f"{k}={v}" for k, v in trained.items()), f"seed={seed}"])
     kept, name = folder / "scores.json", json.dumps(sampling)
     scores = json.loads(kept.read_text()) if kept.exists() else {}
@@ -71,9 +74,8 @@ def score_of(out, trained, sampling, pictures, seed, dataset, amp):
         if any((folder / file).exists() for file in ("last.pth", "last.prev.pth")):
             run, cfg, recipe, checkpoint = options.resumed({"resume": str(folder)})
         else:
-            run, cfg, recipe = options.settle(trained | {
-                "variant": "diffu", "data": dataset, "seed": seed, "out": str(folder), "eval_every": 10 ** 6, "steps": 1,
-                "amp": amp})
+            run, cfg, recipe = options.settle(base | trained | {
+                "variant": "diffu", "preset": "small", "seed": seed, "out": str(folder), "eval_every": 10 ** 6, "steps": 1})
             recipe, checkpoint = recipe.but(steps=max(1, pictures // recipe.batch_size)), None
         if checkpoint is None or checkpoint["step"] < recipe.steps:
             train.train(run, cfg, recipe, checkpoint)
@@ -95,11 +97,15 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each choice")
     parser.add_argument("--data", default="toy", help="toy, coco, or a folder in COCO's layout")
     parser.add_argument("--amp", choices=("none", "bf16"), default="none", help="bf16: train under autocast")
+    parser.add_argument("--backbone-weights", help="default, none or a file, as for train.py (toy shapes: none)")
     parser.add_argument("--out", type=Path, default="out/ablate", help="where runs and scores are kept")
     args = parser.parse_args()
     if min(args.pictures, args.seeds) < 1:
         parser.error("--pictures and --seeds must be at least 1")
+    base = {"data": args.data, "amp": args.amp}
+    if args.backbone_weights:
+        base["backbone_weights"] = args.backbone_weights
     try:
-        ablate(args.pictures, args.seeds, args.data, args.amp, args.out)
-    except (data.DataError, weights.WeightsError, OSError) as error:
+        ablate(args.pictures, args.seeds, base, args.out)
+    except (data.DataError, weights.WeightsError, variants.ConfigError, FloatingPointError, OSError) as error:
         parser.exit(2, f"error: {error}\n")

@@ -102,7 +102,7 @@ def group_mask(groups, group_size, num_queries, device=None):
     """Self-attention's mask [P + Q, P + Q], True = may not attend, denoising slots first (DN-DETR, Eq. 8).
 
     Matching queries must not see denoising ones, or the answer would leak; groups must not see each other. Denoising
-    queries do see the matching ones: those know nothing about the targets or, in DiffuDETR, only noisier boxes of them.
+    queries do see the matching ones, which know no target or, in DiffuDINO as published, begin as the targets at noise t.
     """
     P = groups * group_size
     group = torch.arange(P, device=device) // max(group_size, 1)

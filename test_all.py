@@ -63,7 +63,7 @@ import toy
 import train
 import variants
 import weights
-from model import Detector, build_model
+from model import DecoderLayer, Detector, build_model
 from msda_cuda import cpu, cuda, emulate, op, plain
 from order import BatchOrder, repeat_factors
 
@@ -123,6 +123,7 @@ def test_variants_contradictions_say_what_to_write():
                           (dict(two_stage=True), "attention=deformable"), (dict(heads=7), "heads"),
                           (dict(evaluations=101), "timesteps"), (dict(evaluations=0), "at least 1"),
                           (dict(signal_scale=0.0), "above 0"), (dict(querys=3), "unknown field"),
+                          (dict(schedule="quadratic"), "cosine"),
                           (dict(dilation=True, backbone="resnet18"), "bottleneck"), (dict(levels=2), "levels")]:
         assert word in error_of(variants.detr.but, kind=variants.ConfigError, **changes), changes
     assert "refine" in error_of(variants.deformable.but, two_stage=True, kind=variants.ConfigError)
@@ -586,7 +587,7 @@ def test_denoising_never_leaks():
 
 def test_denoising_groups_are_independent_in_the_model():
     """Changing one group, its unused slots included, changes no other group and no matching query."""
-    for name in ("dn", "dino"):
+    for name in ("dn", "dino", "diffu_dino"):
         built = small(name, backbone_norm="frozen", dn_groups=3, dn_queries=9)
         images, mask, targets = batch((3, 1))
         real, changed = diffusion.denoising_queries, None
@@ -706,6 +707,35 @@ def test_diffusion_forward_noise_has_the_right_mean_and_variance():
         assert (x.std(0) / (1 - rate).sqrt() - 1).abs().max() < 0.05
 
 
+def test_diffusion_every_photo_draws_its_own_time():
+    """t is uniform over 0..T-1, photo by photo (chi-square), with and without targets."""
+    cfg = variants.diffu.but(num_queries=1, timesteps=20)
+    targets = [{"labels": torch.zeros(n % 2, dtype=torch.long), "boxes": torch.rand(n % 2, 4)} for n in range(4000)]
+    _, t = diffusion.noised_references(targets, cfg, torch.Generator().manual_seed(0))
+    counts = torch.bincount(t, minlength=20)
+    assert len(counts) == 20 and stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_diffusion_references_say_nothing_by_their_place():
+    """The target's reference is at every place equally often: learned content belongs to a place. Of more targets than
+    queries, every one is as likely to be used, and none twice."""
+    def places(boxes, num_queries):
+        """[photos, queries]: which box each reference is at t = 0, where noise moves it by little; -1: none."""
+        targets = [{"labels": torch.zeros(len(boxes), dtype=torch.long), "boxes": boxes}] * 2000
+        cfg = variants.diffu.but(num_queries=num_queries)
+        with mock.patch.object(diffusion.torch, "randint", lambda *a, **k: torch.zeros(2000, dtype=torch.long)):
+            references, _ = diffusion.noised_references(targets, cfg, torch.Generator().manual_seed(0))
+        far = (references[:, :, None] - boxes).abs().amax(-1)
+        return far.argmin(-1).where(far.amin(-1) < 0.1, -1)
+
+    found = places(torch.tensor([[0.1, 0.9, 0.02, 0.98]]), 8) == 0                   # where padding hardly ever is
+    assert (found.sum(1) == 1).all() and stats.chisquare(found.sum(0).numpy()).pvalue > 1e-3
+    grid = torch.cartesian_prod(torch.tensor([0.2, 0.8]), torch.tensor([0.2, 0.5, 0.8]))
+    used = places(torch.cat([grid, torch.full((6, 2), 0.3)], 1), 4)
+    assert (used.sort(1).values.diff() > 0).all() and (used >= 0).all()
+    assert stats.chisquare(torch.bincount(used.flatten(), minlength=6).numpy()).pvalue > 1e-3
+
+
 def test_diffusion_fewer_and_more_targets_than_queries():
     """Also boxes that reach out of the photo, which are clamped, and, end to end, 900 boxes."""
     for law, n in itertools.product(LAWS, (0, 7, 8, 20)):
@@ -785,6 +815,23 @@ def test_diffusion_eta_one_has_the_posteriors_variance():
     mean = (rates[s].sqrt() * beta * x0[0] + (1 - beta).sqrt() * (1 - rates[s]) * x[0]) / (1 - rates[t])
     deviation = (beta * (1 - rates[s]) / (1 - rates[t])).sqrt()
     assert abs(got.mean() - mean) < 0.01 * deviation and abs(got.std() / deviation - 1) < 0.01
+
+
+def test_diffusion_sampler_takes_eta_and_draws_fresh_noise():
+    """The sampler's states for eta = 0, 0.5 and 1, by Song et al.'s Eq. 12 and 16 written out, from the noise of its seed."""
+    rates, truth = diffusion.signal_rates("cosine", 100), torch.rand(1, 5, 4, dtype=torch.float64)
+    for eta in (0.0, 0.5, 1.0):
+        cfg, seen = variants.diffu.but(num_queries=5, eta=eta, renewal=False, signal_scale=1.5), []
+        diffusion.sample(lambda reference, t, rows: (torch.zeros(1, 1, 5, 3), truth[None]), 1, cfg, "cpu", torch.float64,
+                         watch=lambda step: seen.append(step["references"]))
+        g = torch.Generator().manual_seed(0)
+        x, x0 = torch.randn(5, 4, generator=g, dtype=torch.float64), (truth[0] * 2 - 1) * 1.5
+        for references, (t, s) in zip(seen, ((99, 66), (66, 33), (33, 0))):
+            assert torch.allclose(references[0], (x.clamp(-1.5, 1.5) / 1.5 + 1) / 2), (eta, t)
+            sigma = eta * ((1 - rates[s]) / (1 - rates[t])).sqrt() * (1 - rates[t] / rates[s]).sqrt()
+            direction = (x - rates[t].sqrt() * x0) / (1 - rates[t]).sqrt()
+            fresh = torch.randn(5, 4, generator=g, dtype=torch.float64)
+            x = rates[s].sqrt() * x0 + (1 - rates[s] - sigma ** 2).sqrt() * direction + sigma * fresh
 
 
 def test_diffusion_ddim_recovers_the_noise_it_was_given():
@@ -883,6 +930,20 @@ def test_diffusion_survivors_keep_their_queries():
         assert "survivors" in error_of(variants.diffu.but, survivors=share, kind=variants.ConfigError)
 
 
+def test_diffusion_survivors_keep_their_content():
+    """In the model: every evaluation's decoder begins with the learned content of the queries that are still asked."""
+    built, asked, steps = small("diffu", survivors=0.4).eval(), [], []
+    built.decoder[0].register_forward_pre_hook(lambda module, inputs: asked.append(inputs[0]))
+    images, mask, _ = batch()
+    with torch.no_grad():
+        built(images, mask, watch=steps.append)
+        content = built.first_queries(built.encode(images, mask), None)[0]
+    assert [len(s["rows"][0]) for s in steps] == [20, 8, 8] and not torch.equal(steps[1]["rows"][0], torch.arange(8))
+    for x, step in zip(asked, steps, strict=True):
+        for b in range(2):
+            assert torch.equal(x[b], content[b, step["rows"][b]])
+
+
 def test_diffusion_memory_does_not_grow_with_evaluations():
     """Of an evaluation that is over, neither its logits nor its boxes are still held: only the best pairs."""
     held, alive = [], []
@@ -931,6 +992,35 @@ def test_model_outputs_have_their_shapes_and_every_parameter_learns():
         layers = {n.replace("loss_class", "") for n in losses if n.startswith("loss_class")}
         assert layers == {"", "_0"} | ({"_enc"} if "enc" in outputs else set()) \
             | ({"_dn", "_dn_0"} if "dn" in outputs else set()), name
+
+
+def test_model_time_is_added_between_self_attention_and_cross_attention():
+    """DiffuDETR's FFN(MSDA(SA(q) + t, r_t, O_enc)), a layer by hand."""
+    layer = DecoderLayer(variants.diffu.but(**SMALL)).double().eval()
+    d = layer.norm1.normalized_shape[0]
+    x, pos, t = (torch.randn(2, *size, dtype=torch.float64) for size in ((5, d), (5, d), (4 * d,)))
+    looked = torch.randn(2, 5, d, dtype=torch.float64)
+    asked = []
+    with torch.no_grad():
+        got = layer(x, pos, lambda cross_attn, query: asked.append(query) or looked, None, t)
+        told = layer.norm1(x + layer.self_attn(x + pos, x + pos, x)[0]) + layer.time[0](t)[:, None]
+        after = layer.norm2(told + looked)
+        want = layer.norm3(after + layer.linear2(layer.linear1(after).relu()))
+    assert torch.allclose(asked[0], told + pos, atol=1e-12) and torch.allclose(got, want, atol=1e-12)
+
+
+def test_model_every_photo_is_told_its_time():
+    """Another t for the second photo changes what its queries say, and nothing of the first's, in either way of telling."""
+    for changes in (dict(time="add"), dict(time="scale_shift")):
+        built = small("diffu", **changes).double().eval()
+        images, mask, _ = batch()
+        with torch.no_grad():
+            memory = built.encode(images.double(), mask)
+            content, pos, _ = built.first_queries(memory, None)
+            values = built.project_values(memory)
+            reference = torch.rand(2, 20, 4, dtype=torch.float64)
+            a, b = (built.decode(memory, values, content, pos, reference, t=torch.tensor([30, t]))[0] for t in (30, 31))
+        assert torch.equal(a[:, 0], b[:, 0]) and (a[:, 1] - b[:, 1]).abs().amax((1, 2)).min() > 1e-4, changes
 
 
 def test_model_an_image_does_not_depend_on_its_batch():
@@ -2754,6 +2844,23 @@ def test_train_resume_continues_as_if_never_stopped():
             assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
 
 
+def test_train_ctrl_c_saves_the_step_it_was_in():
+    """The first Ctrl-C ends the step, saves, and says how to go on."""
+    with tempfile.TemporaryDirectory() as out:
+        original, calls = train.forward_backward, []
+
+        def press_in_second(*args):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(*args)
+
+        with mock.patch.object(train, "forward_backward", press_in_second):
+            code, said = run_quietly(["--data", "toy", "--steps", "5", "--out", out, *TINY_RUN])
+        assert code == 0 and len(calls) == 2 and f"--resume {out}" in said
+        assert weights.read_checkpoint(out + "/last.pth")["step"] == 2
+
+
 def test_train_fine_tunes_and_keeps_a_head_that_fits():
     """Other classes get a new head and label embedding, everything else is kept; the same classes keep all of it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -3037,7 +3144,7 @@ def test_distributed_photo_that_fails_in_the_second_process():
 
 def test_ablate_resumes_and_never_repeats():
     """A choice trains once, its samplings share the weights, and every score is kept."""
-    seen = []
+    seen, base = [], {"data": "toy", "amp": "none"}
 
     def scored(model, dataset, **kwargs):
         seen.append(model.cfg)
@@ -3048,13 +3155,19 @@ def test_ablate_resumes_and_never_repeats():
             mock.patch.object(train, "train", wraps=train.train) as trained:
         out = Path(folder)
         for _ in range(2):
-            assert ablate.score_of(out, {"noise": "beta"}, {}, 16, 3, "toy", "none") == 0.25
-            assert ablate.score_of(out, {"noise": "beta"}, {"evaluations": 5}, 16, 3, "toy", "none") == 0.25
+            assert ablate.score_of(out, {"noise": "beta"}, {}, 16, 3, base) == 0.25
+            assert ablate.score_of(out, {"noise": "beta"}, {"evaluations": 5}, 16, 3, base) == 0.25
         assert trained.call_count == 1 and (out / "toy-16-none" / "noise=beta-seed=3" / "last.pth").exists()
         assert [(c.noise, c.evaluations) for c in seen] == [("beta", 3)] * 2 + [("beta", 5)]     # the first: in training
-        with mock.patch.object(train, "train", lambda *a: (out / "x").write_text("")), \
+        # Stopped early, it says so. On other data it is the small model too; folders of the same name are kept apart.
+        stopped = []
+        with mock.patch.object(train, "train", lambda *given: stopped.append(given)), \
                 mock.patch.object(weights, "read_checkpoint", lambda path: {"step": 0}):
-            assert "goes on" in error_of(ablate.score_of, out, {}, {}, 16, 3, "toy", "none", kind=SystemExit)
+            for where in ("coco", folder + "/a/boxes", folder + "/b/boxes"):
+                given = base | {"data": where, "backbone_weights": "none"}
+                assert "goes on" in error_of(ablate.score_of, out, {}, {}, 16, 3, given, kind=SystemExit)
+        assert {(run["preset"], cfg.backbone, recipe.backbone_weights) for run, cfg, recipe, _ in stopped} \
+            == {("small", "resnet18", "none")} and len({run["out"] for run, *_ in stopped}) == 3
 
 
 # ==================================================================================================== the runner
