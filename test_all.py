@@ -2801,6 +2801,21 @@ def test_train_whole_path_on_a_folder_with_its_own_classes():
         assert code == 2 and "already holds a run" in said
 
 
+@contextlib.contextmanager
+def signal_in_pass(number, which):
+    """This process gets a signal as train.py's n-th forward pass begins; gives the list that counts them."""
+    original, calls = train.forward_backward, []
+
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), which)
+        return original(*args)
+
+    with mock.patch.object(train, "forward_backward", counted):
+        yield calls
+
+
 def test_train_resume_continues_as_if_never_stopped():
     """Stop by SIGTERM in the middle of an epoch, cut the last checkpoint short, resume from the one before: the last
     weights equal the uninterrupted run's, bit for bit."""
@@ -2809,16 +2824,7 @@ def test_train_resume_continues_as_if_never_stopped():
                   "--backbone-weights", "none", "--dropout", "0.1", "--ema", "0.9", *TINY_RUN]
         whole, cut = str(Path(folder) / "whole"), str(Path(folder) / "cut")
         assert run_quietly(common + ["--out", whole])[0] == 0
-        original = train.forward_backward
-        calls = []
-
-        def stop_in_third(*args):
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args)
-
-        with mock.patch.object(train, "forward_backward", stop_in_third):
+        with signal_in_pass(3, signal.SIGTERM) as calls:
             code, said = run_quietly(common + ["--save-steps", "1", "--keep-every", "2", "--out", cut])
         assert code == 0 and len(calls) == 3 and f"--resume {cut}" in said
         assert run_quietly(["--resume", cut, "--variant", "detr"])[0] == 2
@@ -2847,15 +2853,7 @@ def test_train_resume_continues_as_if_never_stopped():
 def test_train_ctrl_c_saves_the_step_it_was_in():
     """The first Ctrl-C ends the step, saves, and says how to go on."""
     with tempfile.TemporaryDirectory() as out:
-        original, calls = train.forward_backward, []
-
-        def press_in_second(*args):
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(*args)
-
-        with mock.patch.object(train, "forward_backward", press_in_second):
+        with signal_in_pass(2, signal.SIGINT) as calls:
             code, said = run_quietly(["--data", "toy", "--steps", "5", "--out", out, *TINY_RUN])
         assert code == 0 and len(calls) == 2 and f"--resume {out}" in said
         assert weights.read_checkpoint(out + "/last.pth")["step"] == 2

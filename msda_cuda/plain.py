@@ -2,7 +2,7 @@
 
 A row is one token's D channels of one head; a (query, head) sums 4 * L * P of them, as `F.embedding_bag` does, which
 needs neither the value laid out anew nor every sample in memory as `F.grid_sample` does. Backward, the same sum runs
-from queries to tokens: sorted by row, head by head, the samples of a token are a bag of queries.
+from queries to tokens: of each head, sorted by token, the samples of a token are a bag of queries.
 """
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 CHUNK = 512              # queries at a time: enough for every core, few enough for a processor's cache
-READ = 128               # of them whose rows, M * N of D channels each, are copied at once when going backward
+READ = 128               # of them at a time where backward copies the rows themselves, which are D times as much
 
 
 class Samples(NamedTuple):
@@ -88,22 +88,22 @@ def backward(grad_out, value, shapes, offsets, logits, reference, of_reference):
     N = 4 * L * P                                                       # rows that a query reads for a head
     every_token = torch.arange(S, device=value.device, dtype=torch.int32)
     size = torch.tensor([(w, h) for h, w in shapes], device=value.device)[:, None]
-    kept = value.new_empty(min(READ, Q) * M * N, D)                     # one allocation: fresh pages would cost more
+    # Allocated once: fresh pages would cost more than what is written to them.
+    tokens = torch.empty(M, Q, N, device=value.device, dtype=torch.int32)
+    weights, scratch = value.new_empty(M, Q, N), value.new_empty(min(READ, Q) * M * N, D)
     grads = [torch.zeros_like(t) for t in (value, offsets, logits, reference)]
     for b in range(B if Q else 0):
         table, grad = value[b].flatten(0, 1), grad_out[b].reshape(Q, M, D)
-        tokens = torch.empty(M, Q, N, device=value.device, dtype=torch.int32)
-        weights = value.new_empty(M, Q, N)
         for q in range(0, Q, CHUNK):
             some = slice(q, q + CHUNK)
             s = samples(shapes, offsets[b, some], logits[b, some], reference[b, some])
             tokens[:, some] = s.token.flatten(2).transpose(0, 1)
             weights[:, some] = s.weights().flatten(2).transpose(0, 1)
-            dot = []
+            parts = []                                      # the gradient of a row's weight: the row times the output's
             for row, g in zip(s.rows().split(READ), grad[some].split(READ)):
-                torch.index_select(table, 0, row.flatten(), out=(read := kept[:row.numel()]))
-                dot.append(read.view(-1, M, N, D).mul_(g[:, :, None]).sum(-1))
-            dot = torch.cat(dot).view(s.token.shape).unbind(-1)
+                read = torch.index_select(table, 0, row.flatten(), out=scratch[:row.numel()]).view(-1, M, N, D)
+                parts.append(read.mul_(g[:, :, None]).sum(-1))
+            dot = torch.cat(parts).view(s.token.shape).unbind(-1)
             left, right = (dot[i] * s.wy[0] + dot[i + 2] * s.wy[1] for i in (0, 1))
             upper, lower = (dot[i] * s.wx[0] + dot[i + 1] * s.wx[1] for i in (0, 2))
             grad_a = left * s.wx[0] + right * s.wx[1]
