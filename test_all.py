@@ -124,6 +124,8 @@ def test_variants_contradictions_say_what_to_write():
                           (dict(evaluations=101), "timesteps"), (dict(evaluations=0), "at least 1"),
                           (dict(signal_scale=0.0), "above 0"), (dict(querys=3), "unknown field"),
                           (dict(schedule="quadratic"), "cosine"),
+                          (dict(evaluations=2.5), "whole number"), (dict(signal_scale=math.nan), "above 0"),
+                          (dict(ensemble_nms=7.0), "IoU"), (dict(logit_eps=-1.0), "above 0"), (dict(dropout=math.nan), "least 0"),
                           (dict(dilation=True, backbone="resnet18"), "bottleneck"), (dict(levels=2), "levels")]:
         assert word in error_of(variants.detr.but, kind=variants.ConfigError, **changes), changes
     assert "refine" in error_of(variants.deformable.but, two_stage=True, kind=variants.ConfigError)
@@ -134,10 +136,12 @@ def test_options_that_a_variant_does_not_read_are_refused():
     for names, (field, values), example in options.READ_ONLY_WITH:
         idle = next(n for n, row in variants.VARIANTS.items() if getattr(row, field) not in values)
         for name in names:
-            value = getattr(variants.variant(example), name)
-            assert getattr(options.settle({"variant": example, name: value})[1], name) == value
+            row = next(row for row in (variants.variant(example), variants.recipe(example)) if hasattr(row, name))
+            value = getattr(row, name)
+            assert value in [getattr(table, name, None) for table in options.settle({"variant": example, name: value})[1:]]
             message = error_of(options.settle, {"variant": idle, name: value}, kind=variants.ConfigError)
-            assert message.startswith("--" + name.replace("_", "-") + " ") and values[0] in message and example in message
+            assert message.startswith("--" + name.replace("_", "-") + " ") and example in message, message
+            assert "--" + field.replace("_", "-") + (f" {values[0]}" if values[0] is not True else ",") in message, message
     message = error_of(options.settle, {"variant": "dino", "dn_groups": 3}, kind=variants.ConfigError)
     assert "--denoising dn, as in --variant dn" in message
     assert "toy shapes" in error_of(options.settle, {"repeat_rare": 0.1}, kind=variants.ConfigError)
@@ -2422,7 +2426,7 @@ def _command(*arguments, checkpoint=None):
     """Run the command line in-process -> (exit code, what it printed, what it complained about)."""
     out, err, kept = io.StringIO(), io.StringIO(), getattr(weights, "load_checkpoint", None)
     if checkpoint is not None:
-        weights.load_checkpoint = lambda path: checkpoint
+        weights.load_checkpoint = lambda path, **overrides: checkpoint
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             evaluation.main([str(a) for a in arguments])
@@ -2705,7 +2709,8 @@ def test_eval_command_errors():
                 ((), "--data"), (("--data", "toy", "--images", "a.jpg"), "--images"),
                 (("--data", "toy", "--limit", "0"), "--limit"), (("--images", folder), "no photos"),
                 (("--data", "toy", "--evaluations", "3"), "diffusion"), (("--images", "a.jpg", "--trajectory"), "diffusion"),
-                 (("--data", folder + "/no"), "no")):
+                (("--data", "toy", "--no-renewal"), "--renewal is for diffusion"), (("--data", "toy", "--score", "0.1"), "--images"),
+                (("--images", "a.jpg", "--limit", "1"), "--limit belongs to --data"), (("--data", folder + "/no"), "no")):
             code, _, complained = _command("--weights", folder + "/x.pth", "--device", "cpu", *arguments,
                                            checkpoint=checkpoint)
             assert code == 2 and "error: " in complained and hint in complained and "Traceback" not in complained, arguments

@@ -15,7 +15,7 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ import weights
 from matcher import Criterion
 from model import Detector
 from order import BatchOrder, repeat_factors
-from variants import Config, ConfigError
+from variants import ConfigError
 
 AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -362,7 +362,7 @@ def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
     print(f"train: {train_set.summary}\nval:   {val_set.summary}")
     print(f"{total:,} steps of {recipe.batch_size} photos ({per_epoch:,} an epoch) -> {out}")
     base = variants.variant(run["variant"])
-    differs = {f.name: getattr(cfg, f.name) for f in fields(Config) if getattr(cfg, f.name) != getattr(base, f.name)}
+    differs = {k: v for k, v in asdict(cfg).items() if v != getattr(base, k) and not options.idle([k], cfg)}
     print("model, where it differs from the published one: " + (", ".join(f"{k}={v}" for k, v in differs.items()) or "-"))
     if cfg.queries == "noise":
         print(f"diffusion: T = {cfg.timesteps}, {cfg.schedule}, terminal signal-to-noise {diffusion.terminal_snr(cfg):.1e}")

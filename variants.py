@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 def at_least(table, least, *names):
     for name in names:
-        if not getattr(table, name) >= least:
+        if not least <= getattr(table, name) < float("inf"):                                                  # nor NaN
             raise ConfigError(f"{name}={getattr(table, name)}: it must be at least {least}")
 
 
@@ -38,7 +38,7 @@ class Config:
     """What a model is. The defaults are DETR's; lengths are in channels, counts per image."""
     # ---- size
     num_classes: int = option(91, "classes the head scores (91: COCO's raw category ids 0..90)")
-    num_queries: int = option(100, "object queries Q, the most boxes an image can get (also: --queries N)")
+    num_queries: int = option(100, "object queries Q (also: --queries N)")
     d_model: int = option(256, "channels d of every token and query")
     heads: int = option(8, "attention heads M")
     ffn: int = option(2048, "hidden channels of the feed-forward blocks")
@@ -107,9 +107,11 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ConfigError(f"{f.name}={getattr(self, f.name)!r}: choose one of {', '.join(choices)}")
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
+            if f.type is int and value != int(value):
+                raise ConfigError(f"{f.name}={value}: it must be a whole number")
         at_least(self, 1, "num_classes", "num_queries", "d_model", "heads", "ffn", "decoder_layers", "levels", "points",
                  "timesteps", "evaluations", "detections", "dn_queries", "dn_groups")
         at_least(self, 0, "encoder_layers", "dropout", "label_noise", "box_noise", "eta", "weight_class", "weight_bbox",
@@ -151,7 +153,9 @@ class Config:
             (self.query_scale and self.query_position != "reference", "query_scale needs query_position=reference"),
             (self.evaluations > self.timesteps,
              f"evaluations={self.evaluations}: at most timesteps={self.timesteps}"),
-            (self.signal_scale <= 0, f"signal_scale={self.signal_scale}: it must be above 0"),
+            (not 0 < self.signal_scale < float("inf"), f"signal_scale={self.signal_scale}: it must be above 0"),
+            (not 0 < self.logit_eps < 0.5, f"logit_eps={self.logit_eps}: it must be above 0, below 0.5"),
+            (not 0 <= self.ensemble_nms <= 1, f"ensemble_nms={self.ensemble_nms}: an IoU, 0 to 1"),
             (not 0 < self.survivors <= 1, f"survivors={self.survivors}: a share above 0, at most 1"),
             (self.class_loss == "ce" and (self.denoising != "none" or self.two_stage or self.queries == "noise"),
              "denoising, two_stage and noise need class_loss=focal or vfl: ce has no score per class"),
@@ -201,8 +205,8 @@ class Recipe:
         at_least(self, 1, "epochs", "batch_size", "micro_batch", "image_size", "max_size", "eval_every")
         at_least(self, 0, "steps", "buckets", "repeat_rare", "lr", "lr_backbone", "lr_points", "lr_drop", "warmup",
                  "weight_decay", "clip_norm", "ema")
-        if self.ema >= 1:
-            raise ConfigError(f"ema={self.ema}: it must be below 1, 0.999 for example")
+        if self.ema >= 1 or self.lr_drop > 1:
+            raise ConfigError(f"ema={self.ema}, lr_drop={self.lr_drop}: shares, below 1 and at most 1")
 
     but = changed
 
