@@ -4,12 +4,14 @@
 cfg, recipe): a dict of the options outside both tables of variants.py, and the two tables' rows. `parse_eval` reads eval.py's.
 """
 import argparse
+import json
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
+import diffusion
 import distributed
 import variants
 import weights
@@ -193,6 +195,21 @@ def free_folder(run):
         return run["out"]
     name = f"out/{run['variant']}-{Path(run['data']).name}"
     return next(p for p in [name, *(f"{name}-{i}" for i in range(2, 10 ** 6))] if not os.path.exists(p))
+
+
+def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out):
+    """Print what was chosen, and save it as run.json."""
+    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
+    print(f"{run['variant']} ({run['preset']} size): {size:,} parameters, {trained:,} trained, on {run['device']}")
+    print(f"train: {train_set.summary}\nval:   {val_set.summary}")
+    print(f"{total:,} steps of {recipe.batch_size} photos ({per_epoch:,} an epoch) -> {out}")
+    base = variants.variant(run["variant"])
+    differs = {k: v for k, v in asdict(cfg).items() if v != getattr(base, k) and not idle([k], cfg)}
+    print("model, where it differs from the published one: " + (", ".join(f"{k}={v}" for k, v in differs.items()) or "-"))
+    if cfg.queries == "noise":
+        print(f"diffusion: T = {cfg.timesteps}, {cfg.schedule}, terminal signal-to-noise {diffusion.terminal_snr(cfg):.1e}")
+    print("recipe: " + ", ".join(f"{k}={v}" for k, v in asdict(recipe).items()))
+    (out / "run.json").write_text(json.dumps({"run": run, "config": asdict(cfg), "recipe": asdict(recipe)}, indent=1))
 
 
 def parse_eval(argv):

@@ -94,7 +94,9 @@ class Config:
     sampler: str = option("ddim", "ddim, or the published code's, for its checkpoints only", ("ddim", "published"))
     ensemble_nms: float = option(0.8, "IoU of the NMS over all evaluations' boxes")
     # ---- assignment and loss (matcher.py)
-    class_loss: str = option("ce", "ce: softmax with no-object; focal; vfl: IoU-aware", ("ce", "focal", "vfl"))
+    class_loss: str = option("ce", "ce: softmax with no-object; focal; vfl and ia: IoU-aware, as in DiffuDINO's code and "
+                             "in Align-DETR", ("ce", "focal", "vfl", "ia"))
+    copies: int = option(1, "queries that each target gets, but for the last decoder layer, where it is one (Align-DETR)")
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")
@@ -113,7 +115,7 @@ class Config:
             if f.type is int and value != int(value):
                 raise ConfigError(f"{f.name}={value}: it must be a whole number")
         at_least(self, 1, "num_classes", "num_queries", "d_model", "heads", "ffn", "decoder_layers", "levels", "points",
-                 "timesteps", "evaluations", "detections", "dn_queries", "dn_groups")
+                 "timesteps", "evaluations", "detections", "dn_queries", "dn_groups", "copies")
         at_least(self, 0, "encoder_layers", "dropout", "label_noise", "box_noise", "eta", "weight_class", "weight_bbox",
                  "weight_giou", "weight_class_dn", "cost_class", "no_object", "giou_eps")
         wrong = [
@@ -158,7 +160,7 @@ class Config:
             (not 0 <= self.ensemble_nms <= 1, f"ensemble_nms={self.ensemble_nms}: an IoU, 0 to 1"),
             (not 0 < self.survivors <= 1, f"survivors={self.survivors}: a share above 0, at most 1"),
             (self.class_loss == "ce" and (self.denoising != "none" or self.two_stage or self.queries == "noise"),
-             "denoising, two_stage and noise need class_loss=focal or vfl: ce has no score per class"),
+             "denoising, two_stage and noise need class_loss=focal, vfl or ia: ce has no score per class"),
         ]
         for bad, message in wrong:
             if bad:
@@ -237,12 +239,17 @@ dino = dn.but(
     look_forward_twice=True, shared_heads=True, decoder_norm=True, num_queries=900, detections=300,
     pos_offset=0.0, pos_temperature=20.0)
 
+# Align-DETR: scores that say how good the box is (IA-BCE), and two queries a target in all but the last layer. Cai et al. 2023.
+align = dino.but(class_loss="ia", copies=2)
+
 # DiffuDETR: the reference boxes are a diffusion variable, denoised in a few decoder evaluations. ICLR 2026.
 diffu = deformable_two_stage.but(queries="noise", content="learned", query_position="reference")
 diffu_dino = dino.but(queries="noise")
 diffu_dino_published = diffu_dino.but(                                   # the code of the authors' checkpoints
     num_classes=80, content="memory", time="scale_shift", sampler="published", class_loss="vfl", weight_class=2.0,
     shared_heads=False, proposal_labels="binary", dn_queries=300, pos_offset=-0.5, pos_temperature=10000.0)
+diffu_align = align.but(queries="noise")
+diffu_align_published = diffu_dino_published.but(class_loss="ia", copies=2, proposal_labels="true", weight_class=1.0)
 
 VARIANTS = {name: row for name, row in globals().items() if isinstance(row, Config)}
 
@@ -254,7 +261,7 @@ RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
     "deformable": _deformable, "deformable_single": _deformable, "deformable_refine": _deformable,
     "deformable_two_stage": _deformable,
-    "dino": Recipe(epochs=12, lr_drop=11 / 12),
+    "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": Recipe(epochs=24, lr_drop=20 / 24),
 }
 
 
