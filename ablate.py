@@ -32,7 +32,6 @@ ABLATIONS = {
     "renewal": {True: None, False: None},
     "survivors": {1.0: None, 0.5: None, 0.25: None},
 }
-SAMPLING = ("evaluations", "sampler", "eta", "renewal", "survivors")              # need no training of their own
 
 
 def ablate(pictures, seeds, base, out):
@@ -46,7 +45,7 @@ def ablate(pictures, seeds, base, out):
         for axis, values in ABLATIONS.items():
             for place, value in enumerate(values):
                 change = {axis: value} if place else {}
-                trained = {} if axis in SAMPLING else change
+                trained = {} if axis in options.SAMPLING else change               # a sampler needs no training
                 scores[axis, value].append(score_of(out, trained, {} if trained else change, pictures, seed, base))
                 print(f"seed {seed}: {axis}={value}: AP {scores[axis, value][-1]:.4f}", flush=True)
     print(f"\ndiffu, small, {base['data']}, {pictures} training pictures, {seeds} seeds: AP in points, mean and spread "

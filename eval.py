@@ -8,7 +8,6 @@
 In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR, Deformable DETR and DiffuDETR),
 `evaluate` (COCO metrics), `predict` (any photos), `picture_grid` (truth beside predictions), command line.
 """
-import argparse
 import contextlib
 import json
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 import data
 import distributed
 import diffusion
+import options
 import pictures
 import variants
 import weights
@@ -191,42 +191,18 @@ def picture_grid(model, dataset, path, count=8, score=0.5):
 
 def main(argv=None):
     """The command line; see --help. Exits with 2 on wrong input, with 1 if a photo could not be read."""
-    parser = argparse.ArgumentParser(description="Score a checkpoint on a data set, or find objects in photos.")
-    parser.add_argument("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
-    parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's)")
-    parser.add_argument("--evaluations", type=int, metavar="S", help="decoder evaluations of a diffusion model")
-    parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights); or "
-                        "--compare's picture (default: out/compare.png)")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO layout")
-    what.add_argument("--images", nargs="+", help="find objects in photos, or in folders of photos")
-    what.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs' folders together")
-    parser.add_argument("--score", type=float, default=0.5, help="--images: leave out detections below this")
-    parser.add_argument("--trajectory", action="store_true", help="--images, diffusion models: also draw every evaluation, "
-                        "from noise to detections (.png and animated .webp)")
-    parser.add_argument("--data-root", help="--data coco: where it lies")
-    parser.add_argument("--batch-size", type=int, default=4, help="--data: images at a time")
-    parser.add_argument("--workers", type=int, default=2, help="--data: processes that load photos")
-    parser.add_argument("--limit", type=int, metavar="N", help="--data: only the first N images")
-    args = parser.parse_args(argv)
-    for name, least in (("image_size", 1), ("max_size", 1), ("evaluations", 1), ("batch_size", 1), ("limit", 1),
-                        ("workers", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
-    if bool(args.weights) == bool(args.compare):
-        parser.error("--compare needs no --weights" if args.compare else "--weights is missing: which checkpoint?")
+    args = options.parse_eval(argv)
     try:
         distributed.start()
-        failed = run(args, parser)
+        failed = run(args)
         distributed.stop()
         sys.exit(1 if failed else 0)
     except (data.DataError, weights.WeightsError, variants.ConfigError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
-def run(args, parser):
+def run(args):
     """Do what the command line asks for -> how many photos could not be read."""
     if args.compare:
         out = args.out or Path("out")
@@ -235,14 +211,14 @@ def run(args, parser):
         print(*pictures.compare_runs(args.compare, out), f"curves in {out}", sep="\n")
         return 0
     if args.images and distributed.world() > 1:
-        parser.error("several processes share the scoring of --data; --images is for one: start it without torchrun")
-    model, meta = weights.load_checkpoint(args.weights)
-    if (args.evaluations or args.trajectory) and model.cfg.queries != "noise":
-        parser.error(f"--evaluations and --trajectory are for diffusion models, and {args.weights} holds {meta['variant']}")
-    if args.trajectory and args.data:
-        parser.error("--trajectory draws photos: give --images")
-    if args.evaluations:
-        model.cfg = model.cfg.but(evaluations=args.evaluations)
+        raise variants.ConfigError("several processes share the scoring of --data; --images is for one: start it without "
+                                   "torchrun")
+    model, meta = weights.load_checkpoint(args.weights, **args.sampling)
+    if (args.trajectory or args.sampling) and model.cfg.queries != "noise":
+        name = "trajectory" if args.trajectory else next(iter(args.sampling)).replace("_", "-")
+        raise variants.ConfigError(f"--{name} is for diffusion models, and {args.weights} holds {meta['variant']}")
+    if why := options.idle(args.sampling, model.cfg):
+        raise variants.ConfigError(why)
     args.device = distributed.own_device(args.device)
     model.to(args.device)
     size = args.image_size or meta["recipe"]["image_size"]

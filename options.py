@@ -1,15 +1,17 @@
 """From a command line to a whole run: what was asked for, what follows from it, and what cannot be.
 
-`parse` reads the command line, `settle` makes a new run of it, `resumed` goes on with a stored one. A run is (run, cfg,
-recipe): a dict of the options outside both tables of variants.py, and the two tables' rows.
+`parse` reads train.py's command line, `settle` makes a new run of it, `resumed` goes on with a stored one. A run is (run,
+cfg, recipe): a dict of the options outside both tables of variants.py, and the two tables' rows. `parse_eval` reads eval.py's.
 """
 import argparse
+import json
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
+import diffusion
 import distributed
 import variants
 import weights
@@ -30,7 +32,36 @@ READ_ONLY_WITH = [
     (("label_noise", "box_noise"), ("denoising", ("dn", "cdn")), "dino"),
     (("points",), ("attention", ("deformable",)), "deformable"),
     (("no_object",), ("class_loss", ("ce",)), "detr"),
+    (("lr_points", "logit_eps"), ("attention", ("deformable",)), "deformable"),
+    (("proposal_score", "proposal_labels", "proposal_loss"), ("two_stage", (True,)), "dino"),
+    (("weight_class_dn",), ("denoising", ("dn", "cdn")), "dino"),
+    (("eta",), ("sampler", ("ddim",)), "diffu"),
 ]
+# How a diffusion model is sampled: may be chosen anew for a trained one.
+SAMPLING = ("evaluations", "eta", "renewal", "survivors", "sampler", "ensemble_nms")
+
+
+def add_field(parser, f):
+    """A field of Config or Recipe as an option."""
+    flag = "--" + f.name.replace("_", "-")
+    if f.type is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=f.metadata["help"])
+    elif f.name == "queries":
+        parser.add_argument(flag, metavar="SOURCE|N", help=f.metadata["help"] + "; a number sets --num-queries")
+    else:
+        parser.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=f.metadata["help"],
+                            metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+
+
+def idle(names, cfg):
+    """Of these options, the first that this model does not read, with the reason; None if it reads all."""
+    for affected, (field, values), example in READ_ONLY_WITH:
+        for name in names:
+            if name in affected and getattr(cfg, field) not in values:
+                condition = f"--{field.replace('_', '-')}" + (f" {' or '.join(values)}" if values != (True,) else "")
+                return (f"--{name.replace('_', '-')} is read only with {condition}, as in --variant {example}: leave it "
+                        "away, or write that too")
+    return None
 
 
 def parse(argv, description):
@@ -64,14 +95,7 @@ def parse(argv, description):
         for f in fields(table):
             if f.name == "num_classes":                                                       # follows from the data
                 continue
-            flag = "--" + f.name.replace("_", "-")
-            if f.type in (bool, "bool"):
-                group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f.metadata["help"])
-            elif f.name == "queries":
-                group.add_argument(flag, metavar="SOURCE|N", help=f.metadata["help"] + "; a number sets --num-queries")
-            else:
-                group.add_argument(flag, type=f.type, choices=f.metadata["choices"], help=f.metadata["help"],
-                                   metavar=None if f.metadata["choices"] else f.type.__name__.upper())
+            add_field(group, f)
     given = vars(parser.parse_args(argv))
     if given.get("queries", "").isdigit():
         if "num_queries" in given:
@@ -115,14 +139,12 @@ def settle(given):
     if run["overfit"] and not {"steps", "epochs"} & set(given):
         recipe = recipe.but(**variants.OVERFIT_RECIPE)
     if "image_size" in given:                                         # or the other cap would hold it back in silence
+        variants.at_least(argparse.Namespace(**given), 1, "image_size")
         recipe = recipe.but(max_size=round(given["image_size"] * recipe.max_size / recipe.image_size))
     recipe = recipe.but(**{f.name: given[f.name] for f in fields(Recipe) if f.name in given})
     cfg = row.but(**(changes | {f.name: given[f.name] for f in fields(Config) if f.name in given}))
-    for names, condition, example in READ_ONLY_WITH:
-        field, values = condition
-        if idle := [name for name in names if name in given and getattr(cfg, field) not in values]:
-            raise ConfigError(f"--{idle[0].replace('_', '-')} is read only with --{field.replace('_', '-')} "
-                              f"{' or '.join(values)}, as in --variant {example}: leave it away, or write that too")
+    if why := idle(given, cfg):
+        raise ConfigError(why)
     check(run, recipe)
     return run, cfg, recipe
 
@@ -173,3 +195,59 @@ def free_folder(run):
         return run["out"]
     name = f"out/{run['variant']}-{Path(run['data']).name}"
     return next(p for p in [name, *(f"{name}-{i}" for i in range(2, 10 ** 6))] if not os.path.exists(p))
+
+
+def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out):
+    """Print what was chosen, and save it as run.json."""
+    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
+    print(f"{run['variant']} ({run['preset']} size): {size:,} parameters, {trained:,} trained, on {run['device']}")
+    print(f"train: {train_set.summary}\nval:   {val_set.summary}")
+    print(f"{total:,} steps of {recipe.batch_size} photos ({per_epoch:,} an epoch) -> {out}")
+    base = variants.variant(run["variant"])
+    differs = {k: v for k, v in asdict(cfg).items() if v != getattr(base, k) and not idle([k], cfg)}
+    print("model, where it differs from the published one: " + (", ".join(f"{k}={v}" for k, v in differs.items()) or "-"))
+    if cfg.queries == "noise":
+        print(f"diffusion: T = {cfg.timesteps}, {cfg.schedule}, terminal signal-to-noise {diffusion.terminal_snr(cfg):.1e}")
+    print("recipe: " + ", ".join(f"{k}={v}" for k, v in asdict(recipe).items()))
+    (out / "run.json").write_text(json.dumps({"run": run, "config": asdict(cfg), "recipe": asdict(recipe)}, indent=1))
+
+
+def parse_eval(argv):
+    """eval.py's command line, as a namespace; `sampling` in it is a dict of the fields of SAMPLING that were given."""
+    parser = argparse.ArgumentParser(description="Score a checkpoint on a data set, or find objects in photos.")
+    parser.add_argument("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
+    parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's)")
+    parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights); or "
+                        "--compare's picture (default: out/compare.png)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO layout")
+    what.add_argument("--images", nargs="+", help="find objects in photos, or in folders of photos")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs' folders together")
+    images, scored = parser.add_argument_group("with --images"), parser.add_argument_group("with --data")
+    images.add_argument("--score", type=float, help="leave out detections below this (default: 0.5)")
+    images.add_argument("--trajectory", action="store_true", default=None, help="diffusion models: also draw every "
+                        "evaluation, from noise to detections (.png and animated .webp)")
+    scored.add_argument("--data-root", help="where COCO lies")
+    scored.add_argument("--batch-size", type=int, help="images at a time (default: 4)")
+    scored.add_argument("--workers", type=int, help="processes that load photos (default: 2)")
+    scored.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    sampling = parser.add_argument_group("how a diffusion model is sampled (defaults are the checkpoint's)")
+    for f in fields(Config):
+        if f.name in SAMPLING:
+            add_field(sampling, f)
+    args = parser.parse_args(argv)
+    for name, least in (("image_size", 1), ("max_size", 1), ("batch_size", 1), ("limit", 1), ("workers", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    for mode, names in (("images", ("score", "trajectory")), ("data", ("data_root", "batch_size", "workers", "limit"))):
+        if idle := [name for name in names if getattr(args, name) is not None and not getattr(args, mode)]:
+            parser.error(f"--{idle[0].replace('_', '-')} belongs to --{mode}")
+    if bool(args.weights) == bool(args.compare):
+        parser.error("--compare needs no --weights" if args.compare else "--weights is missing: which checkpoint?")
+    for name, value in dict(score=0.5, trajectory=False, batch_size=4, workers=2).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    return args

@@ -43,7 +43,7 @@ import torchvision
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from scipy import special, stats
+from scipy import optimize, special, stats
 from torch import nn
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import functional as TF
@@ -124,6 +124,8 @@ def test_variants_contradictions_say_what_to_write():
                           (dict(evaluations=101), "timesteps"), (dict(evaluations=0), "at least 1"),
                           (dict(signal_scale=0.0), "above 0"), (dict(querys=3), "unknown field"),
                           (dict(schedule="quadratic"), "cosine"),
+                          (dict(evaluations=2.5), "whole number"), (dict(signal_scale=math.nan), "above 0"),
+                          (dict(ensemble_nms=7.0), "IoU"), (dict(logit_eps=-1.0), "above 0"), (dict(dropout=math.nan), "least 0"),
                           (dict(dilation=True, backbone="resnet18"), "bottleneck"), (dict(levels=2), "levels")]:
         assert word in error_of(variants.detr.but, kind=variants.ConfigError, **changes), changes
     assert "refine" in error_of(variants.deformable.but, two_stage=True, kind=variants.ConfigError)
@@ -134,10 +136,12 @@ def test_options_that_a_variant_does_not_read_are_refused():
     for names, (field, values), example in options.READ_ONLY_WITH:
         idle = next(n for n, row in variants.VARIANTS.items() if getattr(row, field) not in values)
         for name in names:
-            value = getattr(variants.variant(example), name)
-            assert getattr(options.settle({"variant": example, name: value})[1], name) == value
+            row = next(row for row in (variants.variant(example), variants.recipe(example)) if hasattr(row, name))
+            value = getattr(row, name)
+            assert value in [getattr(table, name, None) for table in options.settle({"variant": example, name: value})[1:]]
             message = error_of(options.settle, {"variant": idle, name: value}, kind=variants.ConfigError)
-            assert message.startswith("--" + name.replace("_", "-") + " ") and values[0] in message and example in message
+            assert message.startswith("--" + name.replace("_", "-") + " ") and example in message, message
+            assert "--" + field.replace("_", "-") + (f" {values[0]}" if values[0] is not True else ",") in message, message
     message = error_of(options.settle, {"variant": "dino", "dn_groups": 3}, kind=variants.ConfigError)
     assert "--denoising dn, as in --variant dn" in message
     assert "toy shapes" in error_of(options.settle, {"repeat_rare": 0.1}, kind=variants.ConfigError)
@@ -456,7 +460,7 @@ def test_matcher_giou_equals_torchvision():
     a, b = boxes[0, 0], boxes[1, 1]
     xyxy = torchvision.ops.box_convert
     want = torchvision.ops.generalized_box_iou(xyxy(a, "cxcywh", "xyxy"), xyxy(b, "cxcywh", "xyxy"))
-    assert torch.allclose(matcher.giou(a[:, None], b), want, atol=1e-12)
+    assert torch.allclose(matcher.overlaps(a[:, None], b)[1], want, atol=1e-12)
 
 
 def test_matcher_finds_the_cheapest_assignment():
@@ -478,12 +482,47 @@ def test_matcher_finds_the_cheapest_assignment():
                     p = x.sigmoid()[t["labels"][g]]
                     c = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log() - 0.75 * p ** 2 * -(1 - p + 1e-8).log()
                 cost[q, g] = cfg.cost_class * c + 5 * (box - t["boxes"][g]).abs().sum() \
-                    - 2 * matcher.giou(box, t["boxes"][g], cfg.giou_eps)
+                    - 2 * matcher.overlaps(box, t["boxes"][g], cfg.giou_eps)[1]
             n = len(t["labels"])
             best = min(sum(cost[q, g] for g, q in enumerate(p)) for p in itertools.permutations(range(4), n))
             got = [(q, g) for l, b, q, g in index if (l, b) == (layer, image)]
             assert sorted(g for _, g in got) == list(range(n))
             assert abs(sum(cost[q, g] for q, g in got) - best) < 1e-12
+
+
+def test_matcher_align_ranks_a_targets_queries():
+    """Align-DETR's IA-BCE, pair by pair and query by query: two queries a target in all layers but the last, losses by rank,
+    and the gradient, which reaches the negatives' p^2 and not the score to reach."""
+    cfg = variants.align.but(num_classes=5, num_queries=9)
+    logits, boxes = (x.requires_grad_() for x in predictions(Q=9, C=5))
+    targets = [{k: v.double() if k == "boxes" else v for k, v in t.items()} for t in batch((3, 1))[2]]
+    losses = matcher.Criterion(cfg)({"logits": logits, "boxes": boxes, "enc": {"logits": logits[0], "boxes": boxes[0]}}, targets)
+    cost = matcher.match_cost(logits, boxes, targets, cfg)
+    for layer, (suffix, k) in enumerate((("_0", 2), ("_1", 2), ("", 1))):
+        want = dict.fromkeys(("class", "bbox", "giou"), 0)
+        for b, t in enumerate(targets):
+            n, p = len(t["labels"]), logits[layer, b].sigmoid()
+            positive = torch.zeros_like(p, dtype=torch.bool)
+            query, column = optimize.linear_sum_assignment(torch.cat([cost[layer, b, :, :n]] * k, 1))
+            for g in range(n):
+                own = [int(q) for q, c in zip(query, column) if c % n == g]
+                assert len(own) == k
+                pairs = {q: matcher.overlaps(boxes[layer, b, q], t["boxes"][g], cfg.giou_eps) for q in own}
+                score = {q: max(0.01, (p[q, t["labels"][g]] ** 0.25 * pairs[q][0] ** 0.75).item()) for q in own}
+                for rank, q in enumerate(sorted(own, key=lambda q: -score[q])):
+                    w, x = math.exp(-rank / 1.5), p[q, t["labels"][g]]
+                    want["class"] -= score[q] * w * x.log() + (1 - score[q] * w) * (1 - x).log()
+                    want["bbox"] += w * (boxes[layer, b, q] - t["boxes"][g]).abs().sum()
+                    want["giou"] += w * (1 - pairs[q][1])
+                    positive[q, t["labels"][g]] = True
+            want["class"] -= (p ** 2 * (1 - p).log())[~positive].sum()
+        for name, value in want.items():
+            got, value = losses[f"loss_{name}{suffix}"], value / 4
+            assert torch.allclose(got, value, atol=1e-10), (layer, name)
+            for tensor in (logits, boxes):
+                a, b = (torch.autograd.grad(x, tensor, retain_graph=True, allow_unused=True)[0] for x in (got, value))
+                assert a is None and b is None or torch.allclose(*(x if x is not None else torch.zeros(()) for x in (a, b)))
+    assert torch.allclose(losses["loss_class_enc"], losses["loss_class_0"])          # real labels, two queries a target
 
 
 def test_matcher_one_transfer_to_the_host():
@@ -2422,7 +2461,7 @@ def _command(*arguments, checkpoint=None):
     """Run the command line in-process -> (exit code, what it printed, what it complained about)."""
     out, err, kept = io.StringIO(), io.StringIO(), getattr(weights, "load_checkpoint", None)
     if checkpoint is not None:
-        weights.load_checkpoint = lambda path: checkpoint
+        weights.load_checkpoint = lambda path, **overrides: checkpoint
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             evaluation.main([str(a) for a in arguments])
@@ -2705,7 +2744,8 @@ def test_eval_command_errors():
                 ((), "--data"), (("--data", "toy", "--images", "a.jpg"), "--images"),
                 (("--data", "toy", "--limit", "0"), "--limit"), (("--images", folder), "no photos"),
                 (("--data", "toy", "--evaluations", "3"), "diffusion"), (("--images", "a.jpg", "--trajectory"), "diffusion"),
-                 (("--data", folder + "/no"), "no")):
+                (("--data", "toy", "--no-renewal"), "--renewal is for diffusion"), (("--data", "toy", "--score", "0.1"), "--images"),
+                (("--images", "a.jpg", "--limit", "1"), "--limit belongs to --data"), (("--data", folder + "/no"), "no")):
             code, _, complained = _command("--weights", folder + "/x.pth", "--device", "cpu", *arguments,
                                            checkpoint=checkpoint)
             assert code == 2 and "error: " in complained and hint in complained and "Traceback" not in complained, arguments

@@ -15,7 +15,7 @@ import math
 import random
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +27,14 @@ from tqdm import tqdm
 
 import data
 import distributed
-import diffusion
 import eval as evaluation
 import options
 import pictures
-import variants
 import weights
 from matcher import Criterion
 from model import Detector
 from order import BatchOrder, repeat_factors
-from variants import Config, ConfigError
+from variants import ConfigError
 
 AMP = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -153,7 +151,7 @@ def train(run, cfg, recipe, checkpoint=None):
         step, best, tested = checkpoint["step"], checkpoint["best"], checkpoint["tested"]
     if first:
         out.mkdir(parents=True, exist_ok=True)
-        describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
+        options.describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
         log = open_log(out / "log.jsonl", step)
 
     def save(name, whole=True):
@@ -353,21 +351,6 @@ def open_log(path, step):
         kept.write_text("".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
         kept.replace(path)                                                        # whole, whenever this process is killed
     return open(path, "a", buffering=1)
-
-
-def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out):
-    """Print what was chosen, and save it as run.json."""
-    size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
-    print(f"{run['variant']} ({run['preset']} size): {size:,} parameters, {trained:,} trained, on {run['device']}")
-    print(f"train: {train_set.summary}\nval:   {val_set.summary}")
-    print(f"{total:,} steps of {recipe.batch_size} photos ({per_epoch:,} an epoch) -> {out}")
-    base = variants.variant(run["variant"])
-    differs = {f.name: getattr(cfg, f.name) for f in fields(Config) if getattr(cfg, f.name) != getattr(base, f.name)}
-    print("model, where it differs from the published one: " + (", ".join(f"{k}={v}" for k, v in differs.items()) or "-"))
-    if cfg.queries == "noise":
-        print(f"diffusion: T = {cfg.timesteps}, {cfg.schedule}, terminal signal-to-noise {diffusion.terminal_snr(cfg):.1e}")
-    print("recipe: " + ", ".join(f"{k}={v}" for k, v in asdict(recipe).items()))
-    (out / "run.json").write_text(json.dumps({"run": run, "config": asdict(cfg), "recipe": asdict(recipe)}, indent=1))
 
 
 def main(argv=None):

@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 def at_least(table, least, *names):
     for name in names:
-        if not getattr(table, name) >= least:
+        if not least <= getattr(table, name) < float("inf"):                                                  # nor NaN
             raise ConfigError(f"{name}={getattr(table, name)}: it must be at least {least}")
 
 
@@ -38,7 +38,7 @@ class Config:
     """What a model is. The defaults are DETR's; lengths are in channels, counts per image."""
     # ---- size
     num_classes: int = option(91, "classes the head scores (91: COCO's raw category ids 0..90)")
-    num_queries: int = option(100, "object queries Q, the most boxes an image can get (also: --queries N)")
+    num_queries: int = option(100, "object queries Q (also: --queries N)")
     d_model: int = option(256, "channels d of every token and query")
     heads: int = option(8, "attention heads M")
     ffn: int = option(2048, "hidden channels of the feed-forward blocks")
@@ -94,7 +94,9 @@ class Config:
     sampler: str = option("ddim", "ddim, or the published code's, for its checkpoints only", ("ddim", "published"))
     ensemble_nms: float = option(0.8, "IoU of the NMS over all evaluations' boxes")
     # ---- assignment and loss (matcher.py)
-    class_loss: str = option("ce", "ce: softmax with no-object; focal; vfl: IoU-aware", ("ce", "focal", "vfl"))
+    class_loss: str = option("ce", "ce: softmax with no-object; focal; vfl and ia: IoU-aware, as in DiffuDINO's code and "
+                             "in Align-DETR", ("ce", "focal", "vfl", "ia"))
+    copies: int = option(1, "queries that each target gets, but for the last decoder layer, where it is one (Align-DETR)")
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")
@@ -107,11 +109,13 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            choices = f.metadata["choices"]
-            if choices and getattr(self, f.name) not in choices:
-                raise ConfigError(f"{f.name}={getattr(self, f.name)!r}: choose one of {', '.join(choices)}")
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{f.name}={value!r}: choose one of {', '.join(choices)}")
+            if f.type is int and value != int(value):
+                raise ConfigError(f"{f.name}={value}: it must be a whole number")
         at_least(self, 1, "num_classes", "num_queries", "d_model", "heads", "ffn", "decoder_layers", "levels", "points",
-                 "timesteps", "evaluations", "detections", "dn_queries", "dn_groups")
+                 "timesteps", "evaluations", "detections", "dn_queries", "dn_groups", "copies")
         at_least(self, 0, "encoder_layers", "dropout", "label_noise", "box_noise", "eta", "weight_class", "weight_bbox",
                  "weight_giou", "weight_class_dn", "cost_class", "no_object", "giou_eps")
         wrong = [
@@ -151,10 +155,12 @@ class Config:
             (self.query_scale and self.query_position != "reference", "query_scale needs query_position=reference"),
             (self.evaluations > self.timesteps,
              f"evaluations={self.evaluations}: at most timesteps={self.timesteps}"),
-            (self.signal_scale <= 0, f"signal_scale={self.signal_scale}: it must be above 0"),
+            (not 0 < self.signal_scale < float("inf"), f"signal_scale={self.signal_scale}: it must be above 0"),
+            (not 0 < self.logit_eps < 0.5, f"logit_eps={self.logit_eps}: it must be above 0, below 0.5"),
+            (not 0 <= self.ensemble_nms <= 1, f"ensemble_nms={self.ensemble_nms}: an IoU, 0 to 1"),
             (not 0 < self.survivors <= 1, f"survivors={self.survivors}: a share above 0, at most 1"),
             (self.class_loss == "ce" and (self.denoising != "none" or self.two_stage or self.queries == "noise"),
-             "denoising, two_stage and noise need class_loss=focal or vfl: ce has no score per class"),
+             "denoising, two_stage and noise need class_loss=focal, vfl or ia: ce has no score per class"),
         ]
         for bad, message in wrong:
             if bad:
@@ -201,8 +207,8 @@ class Recipe:
         at_least(self, 1, "epochs", "batch_size", "micro_batch", "image_size", "max_size", "eval_every")
         at_least(self, 0, "steps", "buckets", "repeat_rare", "lr", "lr_backbone", "lr_points", "lr_drop", "warmup",
                  "weight_decay", "clip_norm", "ema")
-        if self.ema >= 1:
-            raise ConfigError(f"ema={self.ema}: it must be below 1, 0.999 for example")
+        if self.ema >= 1 or self.lr_drop > 1:
+            raise ConfigError(f"ema={self.ema}, lr_drop={self.lr_drop}: shares, below 1 and at most 1")
 
     but = changed
 
@@ -233,12 +239,17 @@ dino = dn.but(
     look_forward_twice=True, shared_heads=True, decoder_norm=True, num_queries=900, detections=300,
     pos_offset=0.0, pos_temperature=20.0)
 
+# Align-DETR: scores that say how good the box is (IA-BCE), and two queries a target in all but the last layer. Cai et al. 2023.
+align = dino.but(class_loss="ia", copies=2)
+
 # DiffuDETR: the reference boxes are a diffusion variable, denoised in a few decoder evaluations. ICLR 2026.
 diffu = deformable_two_stage.but(queries="noise", content="learned", query_position="reference")
 diffu_dino = dino.but(queries="noise")
 diffu_dino_published = diffu_dino.but(                                   # the code of the authors' checkpoints
     num_classes=80, content="memory", time="scale_shift", sampler="published", class_loss="vfl", weight_class=2.0,
     shared_heads=False, proposal_labels="binary", dn_queries=300, pos_offset=-0.5, pos_temperature=10000.0)
+diffu_align = align.but(queries="noise")
+diffu_align_published = diffu_dino_published.but(class_loss="ia", copies=2, proposal_labels="true", weight_class=1.0)
 
 VARIANTS = {name: row for name, row in globals().items() if isinstance(row, Config)}
 
@@ -250,7 +261,7 @@ RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
     "deformable": _deformable, "deformable_single": _deformable, "deformable_refine": _deformable,
     "deformable_two_stage": _deformable,
-    "dino": Recipe(epochs=12, lr_drop=11 / 12),
+    "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": Recipe(epochs=24, lr_drop=20 / 24),
 }
 
 

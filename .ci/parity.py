@@ -275,7 +275,7 @@ def check_detr(shared):
     layer, image, query, target = matcher.match([(outputs["logits"], outputs["boxes"], goals)], model.cfg)[0]
     found["matches"] = different(out["match_layers"], torch.stack([image, query, target], -1).view(6, 8, 3))
     pairs = [torch.from_numpy(out[f"unit_giou_boxes{i}"]) for i in (1, 2)]
-    found["giou"] = apart(out["unit_giou"], matcher.giou(pairs[0][:, None], pairs[1]))
+    found["giou"] = apart(out["unit_giou"], matcher.overlaps(pairs[0][:, None], pairs[1])[1])
     losses = matcher.Criterion(model.cfg)(outputs, goals)
     compare_losses(found, json.loads(str(out["losses"])), losses)
     norms = json.loads(str(out["grad_norms"]))["eval"]
@@ -515,7 +515,8 @@ def check_vfl(shared, found):
     image = torch.tensor([0] * len(goals[0]["labels"]) + [1] * len(goals[1]["labels"]))
     target = torch.cat([torch.arange(len(g["labels"])) for g in goals])
     criterion.num_boxes, losses = len(image), {}
-    criterion.supervise(losses, "", given["logits"], given["boxes"], goals, (image * 0, image, 20 + target, target))
+    criterion.supervise(losses, "", given["logits"], given["boxes"], goals, (image * 0, image, 20 + target, target),
+                        [len(image)])
     found["vfl"] = max(found["vfl"], *(relative(out[f"a_given_loss_{k}"], losses[f"loss_{k}"])
                                        for k in ("class", "bbox", "giou")))
 
