@@ -6,6 +6,8 @@ What they tell each other here is small (counts, sums, a flag, detections) and g
 for it; gradients are DistributedDataParallel's. `everyone`, `gather` and `broadcast` must be called by all processes
 alike: where one does not come, the others wait for it.
 """
+import contextlib
+import ctypes
 import os
 import signal
 
@@ -58,7 +60,21 @@ def own_device(name):
                           "away, or install a torch build that fits your driver") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)                                  # where code that names no GPU works
+    else:
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory(megabytes=1024):
+    """Let glibc keep this much of what tensors leave, instead of giving it back to the system, which hands it out again
+    page by page, cleared: a quarter of a Deformable DETR's step on a CPU. Other C libraries stay as they are.
+
+    megabytes=64 is what glibc comes to by itself.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):               # no mallopt, or not even such a library
+        adjust = ctypes.CDLL(None).mallopt
+        adjust(-3, 32 << 20)                       # M_MMAP_THRESHOLD: larger blocks still come from the system, and go back
+        adjust(-1, megabytes << 20)                # M_TRIM_THRESHOLD
 
 
 def everyone(numbers):

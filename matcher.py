@@ -52,13 +52,18 @@ def match_cost(logits, boxes, targets, cfg):
     return cfg.cost_class * cost + cfg.weight_bbox * l1 - cfg.weight_giou * giou
 
 
+def share(copies, targets, queries):
+    """How many queries each of an image's targets gets: `copies`, or as many as go round; with too few for all, one."""
+    return min(copies, max(1, queries // max(targets, 1)))
+
+
 def match(stacks, cfg, copies=None):
     """The assignment of least cost, for every layer and image of every stack, with one transfer to the host.
 
     Args:
         stacks: list of (logits [L, B, Q, C], boxes [L, B, Q, 4], targets); a stack's targets are a list of B dicts with
             labels [G] and boxes [G, 4], and may differ from another stack's in their labels only.
-        copies: per stack and layer, the queries that each target gets (default: 1).
+        copies: per stack and layer, the queries that each target gets (default: 1), where there are enough: see `share`.
 
     Returns, per stack, four index tensors [K]: layer, image, query, and target within its image. With more targets
     than queries, the Q cheapest to serve are assigned. Raises FloatingPointError on costs that are not finite.
@@ -72,8 +77,8 @@ def match(stacks, cfg, copies=None):
         block = host[start:start + cost.numel()].reshape(cost.shape)
         start += cost.numel()
         for layer in range(block.shape[0]):
-            k = copies[stack][layer] if copies else 1
             for image, n in enumerate(counts):
+                k = share(copies[stack][layer], n, block.shape[2]) if copies else 1
                 try:
                     query, target = linear_sum_assignment(np.tile(block[layer, image, :, :n], k))
                 except ValueError:
@@ -196,7 +201,8 @@ class Criterion:
         losses = {}
         copies = [[cfg.copies] * (len(outputs["logits"]) - 1) + [1], [cfg.copies]]            # the last layer is one-to-one
         for kind, (logits, boxes, wanted), index, each in zip(("", "_enc"), stacks, match(stacks, cfg, copies), copies):
-            sizes = [sum(min(k * len(t["labels"]), logits.shape[2]) for t in targets) for k in each]
+            P, counts = logits.shape[2], [len(t["labels"]) for t in targets]                     # P queries, or proposals
+            sizes = [sum(min(share(k, n, P) * n, P) for n in counts) for k in each]
             self.supervise(losses, kind, logits, boxes, wanted, index, sizes)
         if "dn" in outputs:
             self.denoise(losses, stacks[0][2], **outputs["dn"])
@@ -213,7 +219,7 @@ class Criterion:
         iou, giou = overlaps(own, wanted, self.cfg.giou_eps)
         score, weight = giou, torch.ones_like(giou)
         if self.cfg.class_loss == "ia":
-            score, rank_weight = align_quality(logits.detach()[*index, labels].sigmoid(), iou.detach(), index[0], target)
+            score, rank_weight = align_quality(logits.detach()[index + (labels,)].sigmoid(), iou.detach(), index[0], target)
             weight = rank_weight if kind != "_dn" else weight                     # whose pairs are fixed, one to a target
             score = score * weight
         zero = boxes.new_zeros(len(boxes))

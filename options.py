@@ -36,6 +36,7 @@ READ_ONLY_WITH = [
     (("proposal_score", "proposal_labels", "proposal_loss"), ("two_stage", (True,)), "dino"),
     (("weight_class_dn",), ("denoising", ("dn", "cdn")), "dino"),
     (("eta",), ("sampler", ("ddim",)), "diffu"),
+    (("eta", "renewal", "survivors", "sampler", "ensemble_nms"), ("evaluations", range(2, 10 ** 9)), "diffu"),
 ]
 # How a diffusion model is sampled: may be chosen anew for a trained one.
 SAMPLING = ("evaluations", "eta", "renewal", "survivors", "sampler", "ensemble_nms")
@@ -58,7 +59,8 @@ def idle(names, cfg):
     for affected, (field, values), example in READ_ONLY_WITH:
         for name in names:
             if name in affected and getattr(cfg, field) not in values:
-                condition = f"--{field.replace('_', '-')}" + (f" {' or '.join(values)}" if values != (True,) else "")
+                words = "" if values == (True,) else " 2 or more" if type(values) is range else f" {' or '.join(values)}"
+                condition = f"--{field.replace('_', '-')}{words}"
                 return (f"--{name.replace('_', '-')} is read only with {condition}, as in --variant {example}: leave it "
                         "away, or write that too")
     return None
@@ -132,7 +134,9 @@ def settle(given):
         run["preset"] = run["preset"] or ("published" if run["data"] == "coco" else "small")
         row, changes, recipe = variants.variant(run["variant"]), {}, variants.recipe(run["variant"])
         if run["preset"] == "small":
-            changes |= variants.SMALL | ({"backbone": "resnet50"} if row.dilation else {})   # which a resnet18 cannot
+            asked = row.but(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
+            changes |= {k: v for k, v in variants.SMALL.items() if not idle([k], asked)}
+            changes |= {"backbone": "resnet50"} if row.dilation else {}                      # which a resnet18 cannot
             recipe = recipe.but(**(variants.TOY_RECIPE if run["data"] == "toy" else variants.SMALL_RECIPE))
         if given.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"                        # frozen random statistics learn nothing
@@ -201,10 +205,11 @@ def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
     """Print what was chosen, and save it as run.json."""
     size, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or not only) for only in (0, 1))
     print(f"{run['variant']} ({run['preset']} size): {size:,} parameters, {trained:,} trained, on {run['device']}")
-    print(f"train: {train_set.summary}\nval:   {val_set.summary}")
+    part = f"; the first {min(run['overfit'], len(train_set))} photos are used" if run["overfit"] else ""
+    print(f"train: {train_set.summary}{part}\nval:   {val_set.summary}{part}")
     print(f"{total:,} steps of {recipe.batch_size} photos ({per_epoch:,} an epoch) -> {out}")
     base = variants.variant(run["variant"])
-    differs = {k: v for k, v in asdict(cfg).items() if v != getattr(base, k) and not idle([k], cfg)}
+    differs = {k: v for k, v in asdict(cfg).items() if v != getattr(base, k)}
     print("model, where it differs from the published one: " + (", ".join(f"{k}={v}" for k, v in differs.items()) or "-"))
     if cfg.queries == "noise":
         print(f"diffusion: T = {cfg.timesteps}, {cfg.schedule}, terminal signal-to-noise {diffusion.terminal_snr(cfg):.1e}")
@@ -216,7 +221,7 @@ def parse_eval(argv):
     """eval.py's command line, as a namespace; `sampling` in it is a dict of the fields of SAMPLING that were given."""
     parser = argparse.ArgumentParser(description="Score a checkpoint on a data set, or find objects in photos.")
     parser.add_argument("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     parser.add_argument("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
     parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's)")
     parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights); or "
@@ -244,10 +249,17 @@ def parse_eval(argv):
     for mode, names in (("images", ("score", "trajectory")), ("data", ("data_root", "batch_size", "workers", "limit"))):
         if idle := [name for name in names if getattr(args, name) is not None and not getattr(args, mode)]:
             parser.error(f"--{idle[0].replace('_', '-')} belongs to --{mode}")
-    if bool(args.weights) == bool(args.compare):
-        parser.error("--compare needs no --weights" if args.compare else "--weights is missing: which checkpoint?")
-    for name, value in dict(score=0.5, trajectory=False, batch_size=4, workers=2).items():
+    args.sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    if args.compare:
+        idle = [name for name in ("weights", "device", "image_size", "max_size", *SAMPLING) if getattr(args, name) is not None]
+        if idle:
+            parser.error(f"--compare reads logs alone: leave --{idle[0].replace('_', '-')} away")
+    elif not args.weights:
+        parser.error("--weights is missing: which checkpoint?")
+    if args.score is not None and not 0 <= args.score <= 1:
+        parser.error(f"--score {args.score:g}: scores are between 0 and 1")
+    for name, value in dict(score=0.5, trajectory=False, batch_size=4, workers=2,
+                            device="cuda" if torch.cuda.is_available() else "cpu").items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     return args

@@ -123,6 +123,7 @@ def test_variants_contradictions_say_what_to_write():
                           (dict(two_stage=True), "attention=deformable"), (dict(heads=7), "heads"),
                           (dict(evaluations=101), "timesteps"), (dict(evaluations=0), "at least 1"),
                           (dict(signal_scale=0.0), "above 0"), (dict(querys=3), "unknown field"),
+                          (dict(copies=2), "class_loss=focal"), (dict(pos_temperature=0.0), "above 0"),
                           (dict(schedule="quadratic"), "cosine"),
                           (dict(evaluations=2.5), "whole number"), (dict(signal_scale=math.nan), "above 0"),
                           (dict(ensemble_nms=7.0), "IoU"), (dict(logit_eps=-1.0), "above 0"), (dict(dropout=math.nan), "least 0"),
@@ -134,14 +135,16 @@ def test_variants_contradictions_say_what_to_write():
 
 def test_options_that_a_variant_does_not_read_are_refused():
     for names, (field, values), example in options.READ_ONLY_WITH:
-        idle = next(n for n, row in variants.VARIANTS.items() if getattr(row, field) not in values)
+        idle = {"variant": next((n for n, row in variants.VARIANTS.items() if getattr(row, field) not in values), example)}
+        if getattr(variants.variant(idle["variant"]), field) in values:                      # no variant has evaluations=1
+            idle[field] = 1
         for name in names:
             row = next(row for row in (variants.variant(example), variants.recipe(example)) if hasattr(row, name))
             value = getattr(row, name)
             assert value in [getattr(table, name, None) for table in options.settle({"variant": example, name: value})[1:]]
-            message = error_of(options.settle, {"variant": idle, name: value}, kind=variants.ConfigError)
+            message = error_of(options.settle, idle | {name: value}, kind=variants.ConfigError)
             assert message.startswith("--" + name.replace("_", "-") + " ") and example in message, message
-            assert "--" + field.replace("_", "-") + (f" {values[0]}" if values[0] is not True else ",") in message, message
+            assert "--" + field.replace("_", "-") + ("," if values[0] is True else f" {values[0]}") in message, message
     message = error_of(options.settle, {"variant": "dino", "dn_groups": 3}, kind=variants.ConfigError)
     assert "--denoising dn, as in --variant dn" in message
     assert "toy shapes" in error_of(options.settle, {"repeat_rare": 0.1}, kind=variants.ConfigError)
@@ -523,6 +526,45 @@ def test_matcher_align_ranks_a_targets_queries():
                 a, b = (torch.autograd.grad(x, tensor, retain_graph=True, allow_unused=True)[0] for x in (got, value))
                 assert a is None and b is None or torch.allclose(*(x if x is not None else torch.zeros(()) for x in (a, b)))
     assert torch.allclose(losses["loss_class_enc"], losses["loss_class_0"])          # real labels, two queries a target
+
+
+def test_matcher_align_serves_every_target():
+    """Two queries a target where they go round; with fewer than that one each, so that no target is left out."""
+    for counts, layers in (((4, 3), (8, 6, 4, 3)), ((5, 2), (5, 4, 5, 2)), ((9, 1), (7, 2, 7, 1))):        # 7 queries
+        cfg = variants.align.but(num_classes=5, num_queries=8)
+        logits, boxes = predictions(L=2, Q=8 if counts == (4, 3) else 7, C=5)
+        targets = [{k: v.double() if k == "boxes" else v for k, v in t.items()} for t in batch(counts)[2]]
+        ((layer, image, query, target),) = matcher.match([(logits, boxes, targets)], cfg, [[2, 1]])
+        assert tuple(int(((layer == l) & (image == b)).sum()) for l in range(2) for b in range(2)) == layers
+        for l, (b, n) in itertools.product(range(2), enumerate(counts)):
+            own = target[(layer == l) & (image == b)]
+            assert len(own.unique()) == min(n, 7), (counts, l, b)
+        assert torch.isfinite(matcher.Criterion(cfg)({"logits": logits, "boxes": boxes}, targets)["total"])
+
+
+def test_matcher_align_denoising_pairs_all_weigh_one():
+    """CDN's groups hold a target many times, and are no rivals: IA-BCE's rank weight is for matched queries alone."""
+    cfg = variants.align.but(num_classes=5, dn_queries=6, num_queries=4)
+    targets = [{k: v.double() if k == "boxes" else v for k, v in t.items()} for t in batch((2, 1))[2]]
+    d = diffusion.denoising_queries(targets, cfg, 4)
+    logits, boxes = predictions(L=1, Q=d.labels.shape[1], C=5)
+    matched = predictions(L=1, counts=(2, 1), Q=4, C=5, seed=1)
+    losses = matcher.Criterion(cfg)({"logits": matched[0], "boxes": matched[1],
+                                     "dn": {"logits": logits, "boxes": boxes, "queries": d}}, targets)
+    assert d.groups == 3 and len(d.pairs[0]) == 9
+    wanted, pairs = 0, set()
+    for b, slot, g in zip(*(x.tolist() for x in d.pairs)):
+        box, label = targets[b]["boxes"][g], int(targets[b]["labels"][g])
+        p = logits[0, b, slot, label].sigmoid()
+        score = max(0.01, (p ** 0.25 * matcher.overlaps(boxes[0, b, slot], box, cfg.giou_eps)[0] ** 0.75).item())
+        wanted -= score * p.log() + (1 - score) * (1 - p).log()
+        pairs.add((b, slot, label))
+    for b, slot, label in itertools.product(*map(range, logits.shape[1:])):
+        p = logits[0, b, slot, label].sigmoid()
+        wanted -= p ** 2 * (1 - p).log() * ((b, slot, label) not in pairs)
+    assert torch.allclose(losses["loss_class_dn"], wanted / 9)
+    l1 = sum((boxes[0, b, s] - targets[b]["boxes"][g]).abs().sum() for b, s, g in zip(*(x.tolist() for x in d.pairs)))
+    assert torch.allclose(losses["loss_bbox_dn"], l1 / 9)
 
 
 def test_matcher_one_transfer_to_the_host():
@@ -1499,7 +1541,8 @@ def test_weights_siblings():
             ("dino", {}, "checkpoint0011_4scale.pth", 46_893_182),
             ("dino", dict(num_classes=7, num_queries=30, ffn=1024, encoder_layers=3), "mine.pth", None),
             ("diffu_dino_published", {}, "model_final.pth", None),
-            ("diffu_dino_published", dict(num_classes=1203), "lvis.pth", None)]:
+            ("diffu_dino_published", dict(num_classes=1203), "lvis.pth", None),
+            ("align", {}, "align_detr_r50_24e.pth", None), ("diffu_align_published", {}, "diffu_align_detr_r50.pth", None)]:
         model = build_model(name, **changes)
         state = published_state(model)
         assert weights.detect(state, file) == (name, changes), (file, weights.detect(state, file))
@@ -2660,8 +2703,9 @@ def test_eval_compare_finds_the_crossings():
         assert lines[1].endswith("at step 20"), lines
         with Image.open(f"{folder}/both.png") as picture:
             assert picture.width > 1000
-        for wrong, word in (["--compare", folder], "log.jsonl"), (["--compare", folder, "--weights", "x"], "needs no"), \
-                (["--data", "toy"], "--weights is missing"):
+        for wrong, word in (["--compare", folder], "log.jsonl"), (["--compare", folder, "--weights", "x"], "leave --weights"), \
+                (["--compare", folder, "--eta", "1"], "leave --eta"), (["--compare", folder, "--device", "cpu"], "--device"), \
+                (["--data", "toy"], "--weights is missing"), (["--images", "a", "--weights", "x", "--score", "50"], "--score 50"):
             with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
                 evaluation.main(wrong)
             assert word in said.getvalue() and "Traceback" not in said.getvalue()
@@ -2751,6 +2795,24 @@ def test_eval_command_errors():
             assert code == 2 and "error: " in complained and hint in complained and "Traceback" not in complained, arguments
 
 
+def test_eval_sampler_options_reach_the_model():
+    """Every option of the sampler, from the command line to the model that is scored."""
+    model, checkpoint = own_checkpoint()
+    given = dict(evaluations=5, eta=0.5, renewal=False, survivors=0.25, sampler="ddim", ensemble_nms=0.6)
+    assert set(given) == set(options.SAMPLING)
+    scored = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
+            mock.patch.object(evaluation, "evaluate", lambda model, *a, **k: scored.append(model.cfg) or ({}, [])), \
+            mock.patch.object(evaluation, "same_names", lambda *a: None), mock.patch.object(data, "open_data", lambda *a: [0]):
+        weights.save(Path(folder) / "last.pth", checkpoint)
+        words = [w for k, v in given.items() for w in ([f"--no-{k}"] if v is False else [f"--{k.replace('_', '-')}", str(v)])]
+        with contextlib.suppress(SystemExit):
+            evaluation.main(["--weights", f"{folder}/last.pth", "--data", "toy", "--device", "cpu", *words])
+        code, _, complained = _command("--weights", f"{folder}/last.pth", "--data", "toy", "--evaluations", 1, "--eta", 1)
+    assert scored == [model.cfg.but(**given)]
+    assert code == 2 and "--eta is read only with --evaluations 2 or more" in complained
+
+
 # ===================================================================================================== train.py
 
 TINY_RUN = ["--image-size", "64", "--max-size", "64", "--queries", "10", "--d-model", "64", "--ffn", "64", "--heads", "4",
@@ -2814,6 +2876,9 @@ def test_train_every_variant_has_a_small_and_a_published_size():
             assert recipe == variants.recipe(name).but(backbone_weights="none") or data_name != "coco"
     with mock.patch.dict(variants.VARIANTS, {"diffu_dn": variants.dn.but(queries="noise")}):
         assert options.settle({"variant": "diffu_dn"})[1].queries == "noise"
+    assert options.settle({"variant": "diffu"})[1].dn_queries == 100                 # nothing reads it: it is not changed
+    assert options.settle({"variant": "diffu", "denoising": "cdn"})[1].dn_queries == variants.SMALL["dn_queries"]
+    assert [variants.recipe(name).epochs for name in ("align", "diffu_align", "diffu_align_published", "diffu")] == [24] * 3 + [50]
     assert options.settle({"overfit": 8})[2].steps == variants.OVERFIT_RECIPE["steps"]
     assert options.settle({"overfit": 8, "epochs": 3})[2].steps == 0
     # A larger photo is not held back by the other default; a number that is given stands.

@@ -96,7 +96,8 @@ class Config:
     # ---- assignment and loss (matcher.py)
     class_loss: str = option("ce", "ce: softmax with no-object; focal; vfl and ia: IoU-aware, as in DiffuDINO's code and "
                              "in Align-DETR", ("ce", "focal", "vfl", "ia"))
-    copies: int = option(1, "queries that each target gets, but for the last decoder layer, where it is one (Align-DETR)")
+    copies: int = option(1, "queries that each target gets where there are enough, but for the last decoder layer, where "
+                         "it is one (Align-DETR)")
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")
@@ -161,6 +162,9 @@ class Config:
             (not 0 < self.survivors <= 1, f"survivors={self.survivors}: a share above 0, at most 1"),
             (self.class_loss == "ce" and (self.denoising != "none" or self.two_stage or self.queries == "noise"),
              "denoising, two_stage and noise need class_loss=focal, vfl or ia: ce has no score per class"),
+            (self.class_loss == "ce" and self.copies > 1,
+             f"copies={self.copies} needs class_loss=focal, vfl or ia: ce's mean counts one query a target"),
+            (not 0 < self.pos_temperature < float("inf"), f"pos_temperature={self.pos_temperature}: it must be above 0"),
         ]
         for bad, message in wrong:
             if bad:
@@ -257,11 +261,13 @@ VARIANTS = {name: row for name, row in globals().items() if isinstance(row, Conf
 _detr = Recipe(epochs=500, batch_size=64)
 _deformable = Recipe(lr=2e-4, lr_backbone=2e-5, lr_points=0.1, batch_size=32)
 _diffu = Recipe(decay_norms=False, ema=0.999)
+_diffu_align = _diffu.but(epochs=24, lr_drop=20 / 24)
 RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
     "deformable": _deformable, "deformable_single": _deformable, "deformable_refine": _deformable,
     "deformable_two_stage": _deformable,
     "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": Recipe(epochs=24, lr_drop=20 / 24),
+    "diffu_align": _diffu_align, "diffu_align_published": _diffu_align,
 }
 
 

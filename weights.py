@@ -189,8 +189,9 @@ def opened(source):
 def detect(state, name=""):
     """What model a state dict belongs to, by its names and shapes -> (variant, overrides).
 
-    Works on published names and on ours. Dilation leaves no trace in either: a DC5 model is recognised only by "dc5"
-    in `name`, the file's name; otherwise say `dilation=True` yourself. The same holds for heads (8 are assumed).
+    Works on published names and on ours. Dilation and Align-DETR's loss leave no trace in either: they are recognised only
+    by "dc5" and "align" in `name`, the file's name; otherwise say `dilation=True` or `class_loss="ia"` yourself. The same
+    holds for heads (8 are assumed).
     Raises WeightsError for models that are not built here.
     """
     label, there = name or "the state dict", "there are " + ", ".join(variants.VARIANTS)
@@ -215,6 +216,8 @@ def detect(state, name=""):
     else:
         raise WeightsError(f"{label}: not a detector of this family, or not built yet: names such as "
                            f"{', '.join([*state][:3])} fit no variant; {there}")
+    if "align" in name.lower():                                                                   # DINO's model
+        variant = {"dino": "align"}.get(variant, variant.replace("diffu_dino", "diffu_align"))
     row = variants.VARIANTS[variant]
 
     def size(axis, *names):
