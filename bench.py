@@ -34,6 +34,7 @@ from torchvision.transforms import functional as TF
 
 import bench_msda
 import data
+import distributed
 import matcher
 import msda
 import scores
@@ -62,7 +63,8 @@ def theirs(name):
     import transformers as hf
     stages = ["stage4"] if name == "detr" else ["stage2", "stage3", "stage4"]
     same = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, num_labels=91, auxiliary_loss=True,
-                backbone_config=hf.ResNetConfig(out_features=stages))
+                backbone_config=hf.ResNetConfig(out_features=stages),
+                dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)           # published; theirs has the first alone
     if name == "detr":
         model = hf.DetrForObjectDetection(hf.DetrConfig(**same))
     else:
@@ -75,81 +77,95 @@ def theirs(name):
     return model
 
 
-def pair(name):
-    """Ours and theirs, which must have as many parameters."""
-    ours, peer = build_model(name), theirs(name)
-    counts = [sum(p.numel() for p in model.parameters()) for model in (ours, peer)]
-    if counts[0] != counts[1]:
-        sys.exit(f"{name}: {counts} parameters are not the same model")
-    return ours, peer
+def inference(side, name, size):
+    """A function that detects in one image, by "minDETR" or "transformers"."""
+    model, (images, mask, _) = (build_model if side == "minDETR" else theirs)(name).eval(), photo_batch(size)
 
-
-def told(name, what, seconds):
-    ratio = statistics.median(a / b for a, b in zip(seconds["transformers"], seconds["minDETR"]))
-    print(f"{name:22} {what:14} " + "".join(f"{k} {statistics.median(v):6.2f} s   " for k, v in seconds.items())
-          + f"{ratio:.2f} x", flush=True)
-
-
-def bench_infer(runs, size):
-    """One image through both, in turn."""
-    print(machine(runs))
-    for name in ("detr", "deformable_two_stage"):
-        (ours, peer), (images, mask, _) = pair(name), photo_batch(size)
-        ours.eval(), peer.eval()
+    def detect():
         with torch.no_grad():
-            told(name, f"inference {size}", bench_msda.alternate({
-                "transformers": lambda: peer(images, pixel_mask=(~mask).long()),
-                "minDETR": lambda: ours(images, mask)}, runs))
+            model(images, mask) if side == "minDETR" else model(images, pixel_mask=(~mask).long())
+
+    return model, detect
 
 
-def bench_train(runs, size):
-    """One step of both on one image: forward, matching and loss, backward, clipping and AdamW; and ours by part."""
+def training(side, name, size):
+    """A function that takes one step on one image: forward, matching and loss, backward, clipping and AdamW. Ours returns
+    the seconds of its parts."""
+    model, (images, mask, targets) = (build_model if side == "minDETR" else theirs)(name), photo_batch(size)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, **({"fused": True} if side == "minDETR" else {}))
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def their_step():
+        labels = [dict(class_labels=t["labels"], boxes=t["boxes"]) for t in targets]
+        model(images, pixel_mask=(~mask).long(), labels=labels).loss.backward()
+        update()
+
+    def our_step():
+        parts, lap = train.stopwatch()
+        hooks = [module.register_forward_hook(lambda *a, part=part: lap(part))
+                 for part, module in (("backbone", model.backbone), ("encoder, with neck", model.encoder[-1]))]
+        outputs = model(images, mask, targets)
+        lap("decoder, with proposals")
+        with timed(matcher, "match") as matching:
+            loss = matcher.Criterion(model.cfg)(outputs, targets)["total"]
+        lap("loss, with matching")
+        loss.backward()
+        lap("backward")
+        update()
+        lap("clip, AdamW")
+        for hook in hooks:
+            hook.remove()
+        return parts | {"matching": matching[0]}
+
+    return model, our_step if side == "minDETR" else their_step
+
+
+def stand_by(pipe, prepare, side, keep, *what):
+    """A process's whole life: work and say how long it took, whenever it is asked to."""
+    if keep:
+        distributed.keep_freed_memory()
+    model, work = prepare(side, *what)
+    pipe.send(sum(p.numel() for p in model.parameters()))
+    while pipe.recv():
+        started = time.perf_counter()
+        parts = work()
+        pipe.send((time.perf_counter() - started, parts))
+
+
+def beside_transformers(prepare, runs, size):
+    """Both as their users have them, and transformers once more with the C library keeping freed memory as it does for ours:
+    each in a process of its own, in turn, so that drift hits all alike. Prints medians, and the medians of the ratios."""
     print(machine(runs))
+    spawn = multiprocessing.get_context("spawn")
     for name in ("detr", "deformable_two_stage"):
-        (ours, peer), (images, mask, targets) = pair(name), photo_batch(size)
-        criterion, parts = matcher.Criterion(ours.cfg), {}
-        optimizers = {model: torch.optim.AdamW(model.parameters(), 1e-5, **fused) for model, fused in (
-            (ours, dict(fused=True)), (peer, {}))}
-
-        def update(model):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-            optimizers[model].step()
-            optimizers[model].zero_grad(set_to_none=True)
-
-        def their_step():
-            labels = [dict(class_labels=t["labels"], boxes=t["boxes"]) for t in targets]
-            peer(images, pixel_mask=(~mask).long(), labels=labels).loss.backward()
-            update(peer)
-
-        def our_step():
-            clock = time.perf_counter()
-
-            def lap(part):
-                nonlocal clock
-                now = time.perf_counter()
-                parts.setdefault(part, []).append(now - clock)
-                clock = now
-
-            hooks = [module.register_forward_hook(lambda *a, part=part: lap(part))
-                     for part, module in (("backbone", ours.backbone), ("encoder, with neck", ours.encoder[-1]))]
-            outputs = ours(images, mask, targets)
-            lap("decoder, with proposals")
-            with timed(matcher, "match") as matching:
-                loss = criterion(outputs, targets)["total"]
-            parts.setdefault("matching", []).append(matching[0])
-            clock += matching[0]
-            lap("loss")
-            loss.backward()
-            lap("backward")
-            update(ours)
-            lap("clip, AdamW")
-            for hook in hooks:
-                hook.remove()
-
-        told(name, f"step {size}", bench_msda.alternate({"transformers": their_step, "minDETR": our_step}, runs))
-        medians = {part: statistics.median(taken[1:]) for part, taken in parts.items()}
-        whole = sum(medians.values())
-        print("    " + ", ".join(f"{part} {100 * s / whole:.0f}%" for part, s in medians.items()), flush=True)
+        pipes, counts, taken, parts = {}, set(), {}, {}
+        for label, side, keep in (("minDETR", "minDETR", True), ("transformers", "transformers", False),
+                                  ("transformers, keeping memory", "transformers", True)):
+            pipes[label], there = spawn.Pipe()
+            spawn.Process(target=stand_by, args=(there, prepare, side, keep, name, size), daemon=True).start()
+            counts.add(pipes[label].recv())
+        if len(counts) > 1:
+            sys.exit(f"{name}: {counts} parameters are not the same model")
+        for round_ in range(runs + 1):                                                         # the first one warms up
+            for label, pipe in pipes.items():
+                pipe.send(True)
+                seconds, split = pipe.recv()
+                taken.setdefault(label, []).append(seconds)
+                for part, s in (split or {}).items():
+                    parts.setdefault(part, []).append(s)
+        for pipe in pipes.values():
+            pipe.send(False)
+        own = taken["minDETR"][1:]
+        print(f"{name}, {prepare.__name__}, short side {size}: minDETR {statistics.median(own):.2f} s" + "".join(
+            f"; {label} {statistics.median(t[1:]):.2f} s, {statistics.median(a / b for a, b in zip(t[1:], own)):.2f} x"
+            for label, t in taken.items() if label != "minDETR"), flush=True)
+        if parts:
+            print("    " + ", ".join(f"{part} {statistics.median(s[1:]) / statistics.median(own):.0%}"
+                                     for part, s in parts.items()), flush=True)
 
 
 @contextlib.contextmanager
@@ -491,8 +507,8 @@ if __name__ == "__main__":
         sys.exit(bench_msda.main(sys.argv[2:]))
     args = parser.parse_args()
     runs, size = args.runs or 5, args.size or 800
-    sys.exit({"infer": lambda: bench_infer(runs, size),
-              "train": lambda: bench_train(runs, size), "memory": lambda: bench_memory(args.size or 400),
+    sys.exit({"infer": lambda: beside_transformers(inference, runs, size),
+              "train": lambda: beside_transformers(training, runs, size), "memory": lambda: bench_memory(args.size or 400),
               "data": lambda: bench_data(runs, args.data), "score": lambda: bench_score(args.images, 300),
               "kill": lambda: bench_kill(args.runs or 20, args.steps or 100),
               "soak": lambda: bench_soak(args.steps or 2000),

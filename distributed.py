@@ -65,16 +65,17 @@ def own_device(name):
     return device
 
 
-def keep_freed_memory(megabytes=1024):
-    """Let glibc keep this much of what tensors leave, instead of giving it back to the system, which hands it out again
-    page by page, cleared: a quarter of a Deformable DETR's step on a CPU. Other C libraries stay as they are.
+def keep_freed_memory(keep=True):
+    """Let glibc keep the memory that tensors leave instead of giving it back to the system, which hands it out again page
+    by page, cleared: on a CPU that is a quarter of a Deformable DETR's step. It costs some memory (a sixth more there).
 
-    megabytes=64 is what glibc comes to by itself.
+    keep=False: as glibc is by itself after a few steps. Other C libraries stay as they are.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):               # no mallopt, or not even such a library
         adjust = ctypes.CDLL(None).mallopt
-        adjust(-3, 32 << 20)                       # M_MMAP_THRESHOLD: larger blocks still come from the system, and go back
-        adjust(-1, megabytes << 20)                # M_TRIM_THRESHOLD
+        adjust(-4, 0 if keep else 65536)                        # M_MMAP_MAX: blocks that come from the system one by one,
+        adjust(-3, 32 << 20)                                    # M_MMAP_THRESHOLD: which are those of this size and more
+        adjust(-1, -1 if keep else 64 << 20)                    # M_TRIM_THRESHOLD: free bytes that go back to it; -1: none
 
 
 def everyone(numbers):

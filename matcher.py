@@ -69,13 +69,10 @@ def match(stacks, cfg, copies=None):
     than queries, the Q cheapest to serve are assigned. Raises FloatingPointError on costs that are not finite.
     """
     costs = [match_cost(logits, boxes, t, cfg) for logits, boxes, t in stacks]
-    host = torch.cat([c.flatten() for c in costs]).cpu().numpy()                          # the step's one transfer
-    counts = [len(t["labels"]) for t in stacks[0][2]]
-    result, start = [], 0
+    host = torch.cat([c.flatten() for c in costs]).cpu().split([c.numel() for c in costs])     # the step's one transfer
+    counts, result = [len(t["labels"]) for t in stacks[0][2]], []
     for stack, cost in enumerate(costs):
-        rows = []
-        block = host[start:start + cost.numel()].reshape(cost.shape)
-        start += cost.numel()
+        rows, block = [], host[stack].view(cost.shape).numpy()
         for layer in range(block.shape[0]):
             for image, n in enumerate(counts):
                 k = share(copies[stack][layer], n, block.shape[2]) if copies else 1

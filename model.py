@@ -69,10 +69,6 @@ def folded(conv, norm, x):
     return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale)
 
 
-def unchanged(x):
-    return x
-
-
 def build_backbone(cfg):
     """torchvision's ResNet up to the last stage, giving the stages that the neck reads, and their channels.
 
@@ -91,7 +87,7 @@ def build_backbone(cfg):
         for name, norm in modules.items():
             if isinstance(norm, FrozenBatchNorm2d):              # bn1 follows conv1, downsample.1 follows downsample.0
                 conv = modules[name.replace("bn", "conv") if "bn" in name else name[:-1] + "0"]
-                conv.forward, norm.forward = partial(folded, conv, norm), unchanged
+                conv.forward, norm.forward = partial(folded, conv, norm), lambda x: x
     return IntermediateLayerGetter(body, {s: str(i) for i, s in enumerate(stages)}), channels
 
 

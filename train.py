@@ -115,11 +115,9 @@ def train(run, cfg, recipe, checkpoint=None):
     model = Detector(cfg)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-    elif not first:
-        pass                                                    # DistributedDataParallel hands process 0's weights to all
-    elif run["weights"]:
+    elif first and run["weights"]:                              # DistributedDataParallel hands process 0's weights to all
         print(weights.fine_tune(model, run["weights"], same_classes))
-    else:
+    elif first:
         weights.load_backbone(model, recipe.backbone_weights)
     frozen = freeze(model, filter(None, run["freeze"].split(",")))
     model.to(device)

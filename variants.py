@@ -96,8 +96,7 @@ class Config:
     # ---- assignment and loss (matcher.py)
     class_loss: str = option("ce", "ce: softmax with no-object; focal; vfl and ia: IoU-aware, as in DiffuDINO's code and "
                              "in Align-DETR", ("ce", "focal", "vfl", "ia"))
-    copies: int = option(1, "queries that each target gets where there are enough, but for the last decoder layer, where "
-                         "it is one (Align-DETR)")
+    copies: int = option(1, "queries a target, where there are enough, in all but the last decoder layer (Align-DETR: 2)")
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")
