@@ -67,7 +67,7 @@ def own_device(name):
 
 def keep_freed_memory(keep=True):
     """Let glibc keep the memory that tensors leave instead of giving it back to the system, which hands it out again page
-    by page, cleared: on a CPU that is a quarter of a Deformable DETR's step. It costs some memory (a sixth more there).
+    by page, cleared: on a CPU that is a quarter of a Deformable DETR's step. It costs memory, a fifth more there.
 
     keep=False: as glibc is by itself after a few steps. Other C libraries stay as they are.
     """
