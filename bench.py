@@ -13,6 +13,7 @@
 import argparse
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -139,6 +140,8 @@ def stand_by(pipe, prepare, side, keep, *what):
 def beside_transformers(prepare, runs, size):
     """Both as their users have them, and transformers once more with the C library keeping freed memory as it does for ours:
     each in a process of its own, in turn, so that drift hits all alike. Prints medians, and the medians of the ratios."""
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit("the peer is not there: pip install transformers")
     print(machine(runs))
     spawn = multiprocessing.get_context("spawn")
     for name in ("detr", "deformable_two_stage"):
@@ -147,6 +150,7 @@ def beside_transformers(prepare, runs, size):
                                   ("transformers, keeping memory", "transformers", True)):
             pipes[label], there = spawn.Pipe()
             spawn.Process(target=stand_by, args=(there, prepare, side, keep, name, size), daemon=True).start()
+            there.close()                                                          # or its end would not be noticed here
             counts.add(pipes[label].recv())
         if len(counts) > 1:
             sys.exit(f"{name}: {counts} parameters are not the same model")
