@@ -14,6 +14,7 @@ One class, `Detector`, is the whole family; a field of `Config` (variants.py) sw
 Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes, d channels, M heads, D channels a head.
 """
 import math
+import operator
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -87,7 +88,7 @@ def build_backbone(cfg):
         for name, norm in modules.items():
             if isinstance(norm, FrozenBatchNorm2d):              # bn1 follows conv1, downsample.1 follows downsample.0
                 conv = modules[name.replace("bn", "conv") if "bn" in name else name[:-1] + "0"]
-                conv.forward, norm.forward = partial(folded, conv, norm), lambda x: x
+                conv.forward, norm.forward = partial(folded, conv, norm), operator.pos         # +x is x, and can be pickled
     return IntermediateLayerGetter(body, {s: str(i) for i, s in enumerate(stages)}), channels
 
 

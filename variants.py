@@ -263,8 +263,7 @@ _diffu = Recipe(decay_norms=False, ema=0.999)
 _diffu_align = _diffu.but(epochs=24, lr_drop=20 / 24)
 RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
-    "deformable": _deformable, "deformable_single": _deformable, "deformable_refine": _deformable,
-    "deformable_two_stage": _deformable,
+    **dict.fromkeys(("deformable", "deformable_single", "deformable_refine", "deformable_two_stage"), _deformable),
     "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": Recipe(epochs=24, lr_drop=20 / 24),
     "diffu_align": _diffu_align, "diffu_align_published": _diffu_align,
 }
