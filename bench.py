@@ -35,7 +35,6 @@ from torchvision.transforms import functional as TF
 
 import bench_msda
 import data
-import distributed
 import matcher
 import msda
 import scores
@@ -125,11 +124,9 @@ def training(side, name, size):
     return model, our_step if side == "minDETR" else their_step
 
 
-def stand_by(pipe, prepare, side, keep, *what):
+def stand_by(pipe, prepare, *what):
     """A process's whole life: work and say how long it took, whenever it is asked to."""
-    if keep:
-        distributed.keep_freed_memory()
-    model, work = prepare(side, *what)
+    model, work = prepare(*what)
     pipe.send(sum(p.numel() for p in model.parameters()))
     while pipe.recv():
         started = time.perf_counter()
@@ -138,35 +135,35 @@ def stand_by(pipe, prepare, side, keep, *what):
 
 
 def beside_transformers(prepare, runs, size):
-    """Both as their users have them, and transformers once more with the C library keeping freed memory as it does for ours:
-    each in a process of its own, in turn, so that drift hits all alike. Prints medians, and the medians of the ratios."""
+    """Each in a process of its own, since what one leaves in memory speeds up the other; in turn, so that drift hits both.
+    Prints the medians, and the median of the ratios."""
     if importlib.util.find_spec("transformers") is None:
         sys.exit("the peer is not there: pip install transformers")
     print(machine(runs))
     spawn = multiprocessing.get_context("spawn")
     for name in ("detr", "deformable_two_stage"):
         pipes, counts, taken, parts = {}, set(), {}, {}
-        for label, side, keep in (("minDETR", "minDETR", True), ("transformers", "transformers", False),
-                                  ("transformers, keeping memory", "transformers", True)):
-            pipes[label], there = spawn.Pipe()
-            spawn.Process(target=stand_by, args=(there, prepare, side, keep, name, size), daemon=True).start()
+        for side in ("minDETR", "transformers"):
+            pipes[side], there = spawn.Pipe()
+            spawn.Process(target=stand_by, args=(there, prepare, side, name, size), daemon=True).start()
             there.close()                                                          # or its end would not be noticed here
-            counts.add(pipes[label].recv())
+            counts.add(pipes[side].recv())
         if len(counts) > 1:
             sys.exit(f"{name}: {counts} parameters are not the same model")
         for round_ in range(runs + 1):                                                         # the first one warms up
-            for label, pipe in pipes.items():
+            for side, pipe in pipes.items():
                 pipe.send(True)
                 seconds, split = pipe.recv()
-                taken.setdefault(label, []).append(seconds)
+                taken.setdefault(side, []).append(seconds)
                 for part, s in (split or {}).items():
                     parts.setdefault(part, []).append(s)
         for pipe in pipes.values():
             pipe.send(False)
-        own = taken["minDETR"][1:]
-        print(f"{name}, {prepare.__name__}, short side {size}: minDETR {statistics.median(own):.2f} s" + "".join(
-            f"; {label} {statistics.median(t[1:]):.2f} s, {statistics.median(a / b for a, b in zip(t[1:], own)):.2f} x"
-            for label, t in taken.items() if label != "minDETR"), flush=True)
+        for process in multiprocessing.active_children():
+            process.join()
+        own, peer = (taken[side][1:] for side in ("minDETR", "transformers"))
+        print(f"{name}, {prepare.__name__}, short side {size}: transformers {statistics.median(peer):.2f} s, minDETR "
+              f"{statistics.median(own):.2f} s, {statistics.median(a / b for a, b in zip(peer, own)):.2f} x", flush=True)
         if parts:
             print("    " + ", ".join(f"{part} {statistics.median(s[1:]) / statistics.median(own):.0%}"
                                      for part, s in parts.items()), flush=True)

@@ -6,8 +6,6 @@ What they tell each other here is small (counts, sums, a flag, detections) and g
 for it; gradients are DistributedDataParallel's. `everyone`, `gather` and `broadcast` must be called by all processes
 alike: where one does not come, the others wait for it.
 """
-import contextlib
-import ctypes
 import os
 import signal
 
@@ -60,22 +58,7 @@ def own_device(name):
                           "away, or install a torch build that fits your driver") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)                                  # where code that names no GPU works
-    else:
-        keep_freed_memory()
     return device
-
-
-def keep_freed_memory():
-    """Let glibc keep 1 GB of what tensors leave instead of giving it back to the system, which hands it out again page by
-    page, cleared: that takes a quarter of a Deformable DETR's step on a CPU. Blocks from 32 MB on go back all the same:
-    kept, photos of many sizes left so many gaps that full-size models took up to half as much memory again.
-
-    Other C libraries stay as they are.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):               # no mallopt, or not even such a library
-        adjust = ctypes.CDLL(None).mallopt
-        adjust(-3, 32 << 20)                                    # M_MMAP_THRESHOLD, the most that it can be
-        adjust(-1, 1 << 30)                                     # M_TRIM_THRESHOLD
 
 
 def everyone(numbers):

@@ -198,8 +198,8 @@ class Criterion:
         losses = {}
         copies = [[cfg.copies] * (len(outputs["logits"]) - 1) + [1], [cfg.copies]]            # the last layer is one-to-one
         for kind, (logits, boxes, wanted), index, each in zip(("", "_enc"), stacks, match(stacks, cfg, copies), copies):
-            P, counts = logits.shape[2], [len(t["labels"]) for t in targets]                     # P queries, or proposals
-            sizes = [sum(min(share(k, n, P) * n, P) for n in counts) for k in each]
+            P, here = logits.shape[2], [len(t["labels"]) for t in targets]                       # P queries, or proposals
+            sizes = [sum(min(share(k, n, P) * n, P) for n in here) for k in each]
             self.supervise(losses, kind, logits, boxes, wanted, index, sizes)
         if "dn" in outputs:
             self.denoise(losses, stacks[0][2], **outputs["dn"])

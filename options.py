@@ -136,7 +136,7 @@ def settle(given):
         if run["preset"] == "small":
             asked = row.but(**{f.name: given[f.name] for f in fields(Config) if f.name in given})
             changes |= {k: v for k, v in variants.SMALL.items() if not idle([k], asked)}
-            changes |= {"backbone": "resnet50"} if row.dilation else {}                      # which a resnet18 cannot
+            changes |= {"backbone": "resnet50"} if asked.dilation else {}                      # which a resnet18 cannot
             recipe = recipe.but(**(variants.TOY_RECIPE if run["data"] == "toy" else variants.SMALL_RECIPE))
         if given.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"                        # frozen random statistics learn nothing

@@ -2808,8 +2808,10 @@ def test_eval_sampler_options_reach_the_model():
         words = [w for k, v in given.items() for w in ([f"--no-{k}"] if v is False else [f"--{k.replace('_', '-')}", str(v)])]
         with contextlib.suppress(SystemExit):
             evaluation.main(["--weights", f"{folder}/last.pth", "--data", "toy", "--device", "cpu", *words])
+        with contextlib.suppress(SystemExit):
+            evaluation.main(["--weights", f"{folder}/last.pth", "--data", "toy", "--device", "cpu", "--sampler", "published"])
         code, _, complained = _command("--weights", f"{folder}/last.pth", "--data", "toy", "--evaluations", 1, "--eta", 1)
-    assert scored == [model.cfg.but(**given)]
+    assert scored == [model.cfg.but(**given), model.cfg.but(sampler="published")]
     assert code == 2 and "--eta is read only with --evaluations 2 or more" in complained
 
 
@@ -2879,6 +2881,9 @@ def test_train_every_variant_has_a_small_and_a_published_size():
     assert options.settle({"variant": "diffu"})[1].dn_queries == 100                 # nothing reads it: it is not changed
     assert options.settle({"variant": "diffu", "denoising": "cdn"})[1].dn_queries == variants.SMALL["dn_queries"]
     assert [variants.recipe(name).epochs for name in ("align", "diffu_align", "diffu_align_published", "diffu")] == [24] * 3 + [50]
+    for given, backbone in (({"variant": "deformable_single", "dilation": True}, "resnet50"), ({"variant": "detr_dc5"}, "resnet50"),
+                            ({"variant": "detr_dc5", "dilation": False}, "resnet18")):
+        assert options.settle(given)[1].backbone == backbone
     assert options.settle({"overfit": 8})[2].steps == variants.OVERFIT_RECIPE["steps"]
     assert options.settle({"overfit": 8, "epochs": 3})[2].steps == 0
     # A larger photo is not held back by the other default; a number that is given stands.

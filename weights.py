@@ -190,8 +190,8 @@ def detect(state, name=""):
     """What model a state dict belongs to, by its names and shapes -> (variant, overrides).
 
     Works on published names and on ours. Dilation and Align-DETR's loss leave no trace in either: they are recognised only
-    by "dc5" and "align" in `name`, the file's name; otherwise say `dilation=True` or `class_loss="ia"` yourself. The same
-    holds for heads (8 are assumed).
+    by "dc5" and "align" in `name`, the file's name; otherwise say `dilation=True`, or build that variant and load the file
+    into it. The same holds for heads (8 are assumed).
     Raises WeightsError for models that are not built here.
     """
     label, there = name or "the state dict", "there are " + ", ".join(variants.VARIANTS)
