@@ -530,7 +530,7 @@ def test_matcher_align_ranks_a_targets_queries():
 
 def test_matcher_align_serves_every_target():
     """Two queries a target where they go round; with fewer than that one each, so that no target is left out."""
-    for counts, layers in (((4, 3), (8, 6, 4, 3)), ((5, 2), (5, 4, 5, 2)), ((9, 1), (7, 2, 7, 1))):        # 7 queries
+    for counts, layers in (((4, 3), (8, 6, 4, 3)), ((5, 2), (5, 4, 5, 2)), ((9, 1), (7, 2, 7, 1))):        # 8, 7, 7 queries
         cfg = variants.align.but(num_classes=5, num_queries=8)
         logits, boxes = predictions(L=2, Q=8 if counts == (4, 3) else 7, C=5)
         targets = [{k: v.double() if k == "boxes" else v for k, v in t.items()} for t in batch(counts)[2]]
