@@ -3022,6 +3022,20 @@ def test_train_a_run_that_dies_in_its_evaluation_catches_up():
         assert steps == [2, 2]                                                     # its one training line, its one test
 
 
+def test_train_overfits_the_first_photos_alone():
+    """--overfit N learns the first N photos of the training split and is scored on them: no other one is ever opened."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = coco_folder(Path(folder) / "boxes", photos=4)
+        for image in json.loads((where / "annotations" / "instances_train2017.json").read_text())["images"][2:]:
+            (where / "train2017" / image["file_name"]).write_bytes(b"not a photo")
+        start = ["--variant", "detr", "--data", str(where), "--backbone-weights", "none", *TINY_RUN, "--batch-size", "2",
+                 "--steps", "3", "--overfit"]
+        code, said = run_quietly([*start, "2", "--out", folder + "/run"])
+        assert code == 0 and any("AP50" in line for line in open(folder + "/run/log.jsonl")), said
+        code, said = run_quietly([*start, "3", "--out", folder + "/other"])
+        assert code == 2 and ".png" in said and "--resume" in said, said                          # the third is broken
+
+
 def test_train_disk_photos_and_workers_that_fail():
     """Each ends a run with one sentence; the steps until then are saved, and the run goes on when it is mended."""
     with tempfile.TemporaryDirectory() as folder:

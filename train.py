@@ -172,10 +172,10 @@ def train(run, cfg, recipe, checkpoint=None):
         """Evaluate, and keep what is worth keeping. The average of the weights is what counts, where there is one."""
         nonlocal best, tested
         save("last.pth")                                             # an evaluation may take long, or fail
-        started, model_now = time.time(), average.module if average else model
+        started, model_now, limit = time.time(), average.module if average else model, run["overfit"] or None
         with autocast():
             metrics, _ = evaluation.evaluate(model_now, val_set, batch_size=recipe.micro_batch, device=device,
-                                             workers=run["workers"], limit=run["overfit"] or None, progress=first)
+                                             workers=run["workers"], limit=limit, progress=first)
         tested = step
         if first:
             log.write(json.dumps({"step": step, "epoch": step // per_epoch, "seconds": round(time.time() - started, 1),
@@ -184,7 +184,7 @@ def train(run, cfg, recipe, checkpoint=None):
             if metrics["AP"] > best or not (out / "best.pth").exists():
                 best = metrics["AP"]
                 save("best.pth", whole=False)
-                evaluation.picture_grid(model_now, val_set, out / "predictions.png", score=0.3)
+                evaluation.picture_grid(model_now, val_set, out / "predictions.png", score=0.3, limit=limit)
             save("last.pth")
             pictures.plot_curves(out / "log.jsonl", out / "curves.png")
         return metrics
