@@ -128,10 +128,19 @@ def stand_by(pipe, prepare, *what):
     """A process's whole life: work and say how long it took, whenever it is asked to."""
     model, work = prepare(*what)
     pipe.send(sum(p.numel() for p in model.parameters()))
-    while pipe.recv():
-        started = time.perf_counter()
-        parts = work()
-        pipe.send((time.perf_counter() - started, parts))
+    with contextlib.suppress(EOFError):                                                    # nobody is there to ask any more
+        while pipe.recv():
+            started = time.perf_counter()
+            parts = work()
+            pipe.send((time.perf_counter() - started, parts))
+
+
+def answer(pipe, side):
+    """What a process says; where it has died, say so and stop."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        sys.exit(f"{side}'s process has ended: see above; if nothing is said there, memory ran out: try a smaller --size")
 
 
 def beside_transformers(prepare, runs, size):
@@ -147,13 +156,13 @@ def beside_transformers(prepare, runs, size):
             pipes[side], there = spawn.Pipe()
             spawn.Process(target=stand_by, args=(there, prepare, side, name, size), daemon=True).start()
             there.close()                                                          # or its end would not be noticed here
-            counts.add(pipes[side].recv())
+            counts.add(answer(pipes[side], side))
         if len(counts) > 1:
             sys.exit(f"{name}: {counts} parameters are not the same model")
         for round_ in range(runs + 1):                                                         # the first one warms up
             for side, pipe in pipes.items():
                 pipe.send(True)
-                seconds, split = pipe.recv()
+                seconds, split = answer(pipe, side)
                 taken.setdefault(side, []).append(seconds)
                 for part, s in (split or {}).items():
                     parts.setdefault(part, []).append(s)
@@ -441,6 +450,8 @@ def bench_soak(steps):
         peak = {line["step"]: line["memory_mb"] for line in lines if "memory_mb" in line}
         print("peak memory of the process, MB: " + ", ".join(
             f"{peak[s]:.0f} after {s} steps" for s in (10, steps // 10, steps // 2, steps)))
+
+
 # ===================================================================================== what an evaluation costs (DiffuDETR)
 
 class Unreused(Detector):
