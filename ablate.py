@@ -91,7 +91,8 @@ def score_of(out, trained, sampling, pictures, seed, base):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--pictures", type=int, default=4800, help="pictures that each training sees")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each choice")
     parser.add_argument("--data", default="toy", help="toy, coco, or a folder in COCO's layout")

@@ -507,7 +507,8 @@ def bench_flops(runs, variant, height, width):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("what", choices=["msda", "infer", "train", "memory", "data", "score", "kill", "soak", "flops"])
     parser.add_argument("--runs", type=int, help="timed runs of each way (default: 5); kills (20)")
     parser.add_argument("--steps", type=int, help="steps of the runs of kill (default: 100) and soak (2,000)")

@@ -158,8 +158,8 @@ def _load_json(file, hook=None):
     except (ValueError, RecursionError, OSError) as error:
         raise DataError(f"{file}: not JSON ({error}). If it was cut short, write or download it again.") from None
     for key in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
-            raise DataError(f"{file}: not in COCO's format (https://cocodataset.org/#format-data): no list '{key}'.")
+        if not isinstance(coco, dict) or not isinstance(coco.get(key), list) or key == "categories" and not coco[key]:
+            raise DataError(f"{file}: not in COCO's format (https://cocodataset.org/#format-data): no '{key}' listed.")
     return coco
 
 def _field(record, key, kind, who):

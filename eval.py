@@ -2,7 +2,7 @@
 
     python eval.py --weights best.pth --data coco --data-root ...      COCO's twelve numbers, and results.json
     python eval.py --weights best.pth --images cat.jpg holiday/        pictures with boxes, and predictions.json
-    python eval.py --compare out/detr-toy out/dino-toy                 runs' curves together, also while they train
+    python eval.py --compare out/dn-toy out/dino-toy                   runs' curves together, also while they train
     python eval.py --weights diffu.pth --images cat.jpg --trajectory   and how DiffuDETR got there, from noise on
 
 In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR, Deformable DETR and DiffuDETR),
@@ -160,8 +160,10 @@ def predict(model, meta, paths, score=0.5, transform=None, folder=None, trajecto
             dict(label=classes[c], category_id=meta["category_ids"][c], score=s, bbox=[x0, y0, x1 - x0, y1 - y0])
             for s, c, (x0, y0, x1, y1) in zip(*found.values())]
         if folder is not None:
-            name = f"{path.stem}-{len(results)}" if path.stem in taken else path.stem                   # a/1.jpg b/1.jpg
-            taken.add(path.stem)
+            name = path.stem
+            while name in taken:                                                                    # a/1.jpg and b/1.jpg
+                name += f"-{len(results)}"
+            taken.add(name)
             result["picture"] = str(Path(folder) / f"{name}.jpg")
             drawn = pictures.draw(photo, found["boxes"], found["labels"], classes, found["scores"])
             drawn.save(result["picture"], quality=92)
@@ -206,7 +208,7 @@ def run(args):
     """Do what the command line asks for -> how many photos could not be read."""
     if args.compare:
         out = args.out or Path("out")
-        out = out if out.suffix else out / "compare.png"
+        out = out if out.suffix in (".png", ".pdf", ".svg") else out / "compare.png"
         out.parent.mkdir(parents=True, exist_ok=True)
         print(*pictures.compare_runs(args.compare, out), f"curves in {out}", sep="\n")
         return 0
@@ -219,8 +221,7 @@ def run(args):
         raise variants.ConfigError(f"--{name} is for diffusion models, and {args.weights} holds {meta['variant']}")
     if why := options.idle(args.sampling, model.cfg):
         raise variants.ConfigError(why)
-    args.device = distributed.own_device(args.device)
-    model.to(args.device)
+    model.to(distributed.own_device(args.device))
     size = args.image_size or meta["recipe"]["image_size"]
     longest = round(size * meta["recipe"]["max_size"] / meta["recipe"]["image_size"])
     transform = data.eval_transform(size, args.max_size or longest)
@@ -230,7 +231,7 @@ def run(args):
         out = args.out or args.weights.parent
         out = out if out.suffix == ".json" else out / (f"results-{args.limit}.json" if args.limit else "results.json")
         out.parent.mkdir(parents=True, exist_ok=True)    # before the long run, not after it
-        _, detections = evaluate(model, dataset, args.batch_size, args.device, args.workers, args.limit, table=True)
+        _, detections = evaluate(model, dataset, args.batch_size, workers=args.workers, limit=args.limit, table=True)
         if distributed.rank():
             return 0
         out.write_text(json.dumps(detections))

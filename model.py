@@ -199,7 +199,7 @@ class Detector(nn.Module):
             self.input_proj = nn.ModuleList(
                 nn.Sequential(nn.Conv2d(c, d, k, stride=1 + k // 2, padding=k // 2), nn.GroupNorm(32, d))
                 for c, k in [(c, 1) for c in channels] + extra)
-            self.level_embed = nn.Parameter(torch.empty(cfg.levels, d))
+            self.level_embed = nn.Parameter(torch.empty(cfg.levels, d), cfg.encoder_layers > 0)        # the encoder's alone
         self.encoder = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_layers))
         self.decoder_norm = nn.LayerNorm(d) if cfg.decoder_norm else nn.Identity()
@@ -212,7 +212,7 @@ class Detector(nn.Module):
         # Where queries start.
         if cfg.query_position == "reference":
             self.ref_point_head = MLP(2 * d, d, d)
-            if cfg.query_scale:
+            if cfg.query_scale and cfg.decoder_layers > 1:
                 self.query_scale = MLP(d, d, d)
         elif not cfg.two_stage:
             self.query_embed = nn.Embedding(cfg.num_queries, 2 * d if cfg.content == "split" else d)
@@ -267,8 +267,8 @@ class Detector(nn.Module):
             nn.init.zeros_(head[-1].bias)
         for head in class_heads:                                            # the published heads are clones of one
             head.load_state_dict(self.class_embed[0].state_dict())
-        if not cfg.two_stage and cfg.queries != "noise":       # learned points and anchors start small: 12% of a side
-            nn.init.constant_(self.bbox_embed[0][-1].bias[2:], -2)
+        if not (cfg.two_stage or cfg.queries == "noise" or cfg.refine and cfg.shared_heads):     # start small, and once:
+            nn.init.constant_(self.bbox_embed[0][-1].bias[2:], -2)                                # 12% of a side
         if not cfg.has_boxes:
             nn.init.zeros_(self.reference_points.bias)
         if cfg.two_stage and cfg.content == "learned":
@@ -297,8 +297,7 @@ class Detector(nn.Module):
         if self.training and targets is None and (cfg.denoising != "none" or cfg.queries == "noise"):
             raise ValueError("training this variant noises the targets: call model(images, mask, targets)")
         memory = self.encode(images, mask)
-        outputs = {}
-        chosen = None
+        outputs, chosen = {}, None
         # Proposals place the first boxes, or lend their features; where noise and learned content do both, the proposals
         # only teach the encoder, and inference leaves them away (2% of the operations).
         if cfg.two_stage and (self.training or cfg.queries != "noise" or cfg.content == "memory"):

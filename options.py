@@ -80,7 +80,8 @@ def parse(argv, description):
     run.add_argument("--out", help="the run's folder (default: out/<variant>-<data>)")
     run.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     run.add_argument("--weights", metavar="FILE", help="start from this checkpoint, published or ours (fine-tuning)")
-    run.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the first N training photos")
+    run.add_argument("--overfit", type=int, metavar="N", help="train and evaluate on the first N training photos, "
+                     "without augmentation")
     run.add_argument("--freeze", help="comma-separated parts that are not trained, e.g. backbone,encoder")
     run.add_argument("--seed", type=int, help="of weights, data order, augmentation and noise (default: 0)")
     run.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
@@ -103,6 +104,8 @@ def parse(argv, description):
         if "num_queries" in given:
             parser.error("--queries N and --num-queries N are the same: give one")
         given["num_queries"] = int(given.pop("queries"))
+    if "steps" in given and "epochs" in given:
+        parser.error("--steps and --epochs both say when to stop: give one")
     return given
 
 
@@ -140,8 +143,10 @@ def settle(given):
             recipe = recipe.but(**(variants.TOY_RECIPE if run["data"] == "toy" else variants.SMALL_RECIPE))
         if given.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"                        # frozen random statistics learn nothing
-    if run["overfit"] and not {"steps", "epochs"} & set(given):
-        recipe = recipe.but(**variants.OVERFIT_RECIPE)
+    if run["overfit"]:
+        if given.get("crop"):
+            raise ConfigError("--overfit learns photos as they are, never cropped or flipped: leave --crop away")
+        recipe = recipe.but(crop=False, **({} if {"steps", "epochs"} & set(given) else variants.OVERFIT_RECIPE))
     if "image_size" in given:                                         # or the other cap would hold it back in silence
         variants.at_least(argparse.Namespace(**given), 1, "image_size")
         recipe = recipe.but(max_size=round(given["image_size"] * recipe.max_size / recipe.image_size))
@@ -184,7 +189,7 @@ def resumed(given):
             raise ConfigError(f"--{name.replace('_', '-')} {value} contradicts the run in {path}, which has "
                               f"{table.get(name)}: leave it away, or start a new run")
         table[name] = value
-    if "epochs" in given and "steps" not in given:
+    if "epochs" in given:
         recipe["steps"] = 0                                         # or it would still win over --epochs
     run["out"], recipe = str(path.parent), Recipe(**recipe)
     check(run, recipe)
@@ -219,7 +224,8 @@ def describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
 
 def parse_eval(argv):
     """eval.py's command line, as a namespace; `sampling` in it is a dict of the fields of SAMPLING that were given."""
-    parser = argparse.ArgumentParser(description="Score a checkpoint on a data set, or find objects in photos.")
+    parser = argparse.ArgumentParser(description="Score a checkpoint on a data set, or find objects in photos.",
+                                     allow_abbrev=False)
     parser.add_argument("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     parser.add_argument("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
@@ -256,6 +262,8 @@ def parse_eval(argv):
             parser.error(f"--compare reads logs alone: leave --{idle[0].replace('_', '-')} away")
     elif not args.weights:
         parser.error("--weights is missing: which checkpoint?")
+    if args.images and args.out and args.out.suffix == ".json":
+        parser.error(f"--out {args.out}: with --images it is a folder, for pictures and predictions.json")
     if args.score is not None and not 0 <= args.score <= 1:
         parser.error(f"--score {args.score:g}: scores are between 0 and 1")
     for name, value in dict(score=0.5, trajectory=False, batch_size=4, workers=2,

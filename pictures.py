@@ -170,20 +170,23 @@ def passes(steps, values, floor):
 
 def compare_runs(folders, out_path):
     """Draw runs' class losses (log axis) and AP together; returns a line for every pair of runs: whether the class loss
-    of one passes the other's floor (the lowest that its smoothed curve comes), and when."""
+    of one passes the other's floor (the lowest that its smoothed curve comes), when, and whether both count the same."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 2)
-    curves, found = {}, []
-    for n, folder in enumerate(folders):
+    curves, found, kinds = {}, [], []
+    names = [Path(folder).resolve().name for folder in folders]
+    names = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
+    for n, (folder, name) in enumerate(zip(folders, names)):
         if not (Path(folder) / "log.jsonl").exists():
             raise FileNotFoundError(f"--compare {folder}: no log.jsonl there. Name a run's folder, such as out/diffu-toy")
-        series, name, colour = read_log(Path(folder) / "log.jsonl"), Path(folder).resolve().name, f"C{n}"
+        series, colour = read_log(Path(folder) / "log.jsonl"), f"C{n}"
+        chosen = Path(folder) / "run.json"
+        kinds.append(json.loads(chosen.read_text())["config"]["class_loss"] if chosen.exists() else None)
         steps, values = curves[n] = series("loss_class")
         axes[0].plot(steps, values, color=colour, alpha=0.15, linewidth=0.8)
         axes[0].plot(steps, smoothed(values), color=colour, label=name)
         axes[1].plot(*series("AP", 0), ".-", color=colour, label=name)
-    names = [Path(folder).resolve().name for folder in folders]
     for a, (steps, values) in curves.items():
         for b, (_, others) in curves.items():
             if a == b or not len(values) or not len(others):
@@ -191,7 +194,8 @@ def compare_runs(folders, out_path):
             floor = smoothed(others).min()
             step = passes(steps, values, floor)
             found.append(f"{names[a]} {'never passes' if step is None else 'passes'} the class loss floor of {names[b]} "
-                         f"({floor:.4g})" + ("" if step is None else f" at step {step}"))
+                         f"({floor:.4g})" + ("" if step is None else f" at step {step}")
+                         + (f"; they are not the same loss: {kinds[a]}, {kinds[b]}" if len({kinds[a], kinds[b]} - {None}) > 1 else ""))
             if step is not None:
                 axes[0].plot([step], [floor], "o", color=f"C{a}", markersize=7)
                 axes[0].axhline(floor, color=f"C{b}", linewidth=0.8, linestyle=":")

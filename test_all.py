@@ -19,6 +19,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -1140,13 +1141,25 @@ def test_model_ideas_combine():
     for name, changes in [("deformable_refine", dict(look_forward_twice=True)), ("dn", dict(decoder_norm=True)),
                           ("deformable", dict(levels=5)), ("diffu", dict(denoising="cdn", look_forward_twice=True)),
                           ("dino", dict(content="memory")), ("diffu", dict(time="scale_shift", content="memory")),
-                          ("dn", dict(queries="noise")), ("dino", dict(class_loss="vfl", denoising="dn"))]:
+                          ("dn", dict(queries="noise")), ("dino", dict(class_loss="vfl", denoising="dn")),
+                          ("dn", dict(decoder_layers=1)), ("dino", dict(encoder_layers=0))]:
         built = small(name, **changes)
         losses = matcher.Criterion(built.cfg)(built(images, mask, targets), targets)
         losses["total"].backward()
         assert torch.isfinite(losses["total"]), (name, changes)
+        unused = [n for n, p in built.named_parameters() if p.requires_grad and p.grad is None]
+        assert not unused, (name, changes, unused)                      # or DistributedDataParallel would wait for them
         with torch.no_grad():
             assert built.eval()(images, mask)["boxes"].shape[-1] == 4
+
+
+def test_model_first_boxes_start_at_their_size_in_every_layer():
+    """Learned points and anchors: 12% of a side with a head for each layer, and not smaller with every layer with one."""
+    images, mask, targets = batch()
+    for name in ("deformable_refine", "dn"):
+        for shared in (False, True):
+            widths = small(name, shared_heads=shared, decoder_layers=4)(images, mask, targets)["boxes"][..., 2:].flatten(1)
+            assert (widths.median(1).values > 0.08).all(), (name, shared, widths.median(1).values)
 
 
 def test_model_wrong_use_is_said():
@@ -1646,7 +1659,8 @@ def test_weights_bad_files():
         loaded, meta = weights.load_checkpoint(path)
         assert meta["variant"] == "detr" and not loaded.training
         whole = path.read_bytes()
-        for content in (whole[:len(whole) // 2], b"", b"hello world\n" * 100):
+        for content in (whole[:len(whole) // 2], b"", b"hello world\n" * 100, b"<!DOCTYPE html>\n<title>404</title>\n",
+                        b"version https://git-lfs.github.com/spec/v1\n"):
             path.write_bytes(content)
             weights_error(lambda: weights.load_checkpoint(path), str(path), "cut short")
         torch.save({"model": _RunsCode()}, path)
@@ -2128,6 +2142,8 @@ def test_data_coco_not_coco():
     for key in ("images", "annotations", "categories"):
         _refused_folder(lambda coco, _: coco.pop(key), "not in COCO's format", f"'{key}'")
         _refused_folder(lambda coco, _: coco.update({key: {"a": 1}}), "not in COCO's format", f"'{key}'")
+        if key != "annotations":
+            _refused_folder(lambda coco, _: coco.update({key: []}), f"'{key}'", "instances_train2017.json")
         for record in (3, None, {}, []):
             _refused_folder(lambda coco, _: coco[key].append(record), "instances_train2017.json")
     with _coco_folder() as root:                                                # a byte order mark is no error
@@ -2688,6 +2704,7 @@ def test_eval_compare_finds_the_crossings():
     with tempfile.TemporaryDirectory() as folder:
         for name, floor in (("detr", 0.5), ("dn", 0.1)):
             os.makedirs(f"{folder}/{name}")
+            Path(folder, name, "run.json").write_text(json.dumps({"config": {"class_loss": "ce" if name == "detr" else "focal"}}))
             with open(f"{folder}/{name}/log.jsonl", "w") as log:
                 for step in range(10, 210, 10):
                     log.write(json.dumps(dict(step=step, loss_class=floor + 100 / step ** 2)) + "\n")
@@ -2699,12 +2716,18 @@ def test_eval_compare_finds_the_crossings():
             except SystemExit as stop:
                 assert stop.code == 0
         lines = out.getvalue().splitlines()                       # 100 / step^2 < 0.4025 from step 16 on: logged at 20
-        assert lines[0] == "detr never passes the class loss floor of dn (0.1025)", lines
-        assert lines[1].endswith("at step 20"), lines
+        assert lines[0] == "detr never passes the class loss floor of dn (0.1025); they are not the same loss: ce, focal", lines
+        assert "at step 20;" in lines[1], lines
         with Image.open(f"{folder}/both.png") as picture:
             assert picture.width > 1000
+        shutil.copytree(f"{folder}/dn", f"{folder}/again/dn")                      # the last name alone would not tell
+        same = pictures.compare_runs([f"{folder}/dn", f"{folder}/again/dn"], f"{folder}/same.svg")
+        assert same[0] == f"{folder}/dn never passes the class loss floor of {folder}/again/dn (0.1025)", same
+        assert _command("--compare", f"{folder}/dn", "--out", f"{folder}/v1.2")[0] == 0
+        assert os.path.exists(f"{folder}/v1.2/compare.png")
         for wrong, word in (["--compare", folder], "log.jsonl"), (["--compare", folder, "--weights", "x"], "leave --weights"), \
                 (["--compare", folder, "--eta", "1"], "leave --eta"), (["--compare", folder, "--device", "cpu"], "--device"), \
+                (["--images", "a", "--weights", "x", "--out", "x.json"], "it is a folder"), (["--lim", "3"], "required"), \
                 (["--data", "toy"], "--weights is missing"), (["--images", "a", "--weights", "x", "--score", "50"], "--score 50"):
             with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
                 evaluation.main(wrong)
@@ -2730,6 +2753,11 @@ def test_eval_predict():
         assert "broken.jpg" in broken["error"] and "detections" not in broken
         assert first["detections"] == second["detections"] and first["picture"] != second["picture"]
         assert os.path.exists(first["picture"]) and os.path.exists(second["picture"])
+        named = [os.path.join(photos, name) for name in ("a/2.png", "b/2.png", "a/2-2.png", "b/2-2-3.png")]
+        for path in named:
+            dataset.read(0)[0].save(path)
+        made = [result["picture"] for result in evaluation.predict(model, meta, named, folder=out)]
+        assert len({*made}) == 4 and all(map(os.path.exists, made)), made                  # none is written over another
         _, target = dataset[0]
         best = {d["label"] for d in first["detections"]}
         assert best == {dataset.classes[c] for c in target["labels"]} and len(first["detections"]) == len(target["labels"])
@@ -2860,9 +2888,11 @@ def test_train_wrong_commands_are_one_clear_line():
                            (["--content", "zero"], "content"), (["--class-loss", "ce"], "focal"),
                            (["--device", "nonsense"], "leave --device away"), (["--num-classes", "3"], "unrecognized"),
                            (["--queries", "5", "--num-queries", "6"], "give one"),
+                           (["--steps", "5", "--epochs", "6"], "give one"), (["--overfit", "4", "--crop"], "leave --crop"),
                            (["--resume", folder], "last.pth"), (["--resume", folder, "--weights", "x"], "choose one"),
                            (["--weights", folder + "/x.pth"], "x.pth"), (["--epochs", "0"], "at least 1"),
-                           (["--freeze", "neck", "--out", folder], "input_proj"), (["--queries", "sound"], "sound"),
+                           (["--freeze", "backbone, neck", "--out", folder], "--freeze neck: this model has backbone, input_proj"),
+                           (["--queries", "sound"], "sound"),
                            (["--backbone-weights", "none", "--backbone-norm", "frozen", "--out", folder], "frozen batch norm")] \
                 + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "leave --device away")]):
             code, said = run_quietly(argv)
@@ -2886,6 +2916,7 @@ def test_train_every_variant_has_a_small_and_a_published_size():
         assert options.settle(given)[1].backbone == backbone
     assert options.settle({"overfit": 8})[2].steps == variants.OVERFIT_RECIPE["steps"]
     assert options.settle({"overfit": 8, "epochs": 3})[2].steps == 0
+    assert not options.settle({"overfit": 8, "data": "coco", "backbone_weights": "none"})[2].crop
     # A larger photo is not held back by the other default; a number that is given stands.
     assert options.settle({"image_size": 256})[2].max_size == 256
     assert options.settle({"data": "coco", "image_size": 400})[2].max_size == 666

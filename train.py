@@ -119,7 +119,7 @@ def train(run, cfg, recipe, checkpoint=None):
         print(weights.fine_tune(model, run["weights"], same_classes))
     elif first:
         weights.load_backbone(model, recipe.backbone_weights)
-    frozen = freeze(model, filter(None, run["freeze"].split(",")))
+    frozen = freeze(model, filter(None, map(str.strip, run["freeze"].split(","))))
     model.to(device)
     parallel = model
     if distributed.world() > 1:

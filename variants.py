@@ -119,8 +119,8 @@ class Config:
         at_least(self, 0, "encoder_layers", "dropout", "label_noise", "box_noise", "eta", "weight_class", "weight_bbox",
                  "weight_giou", "weight_class_dn", "cost_class", "no_object", "giou_eps")
         wrong = [
-            (max(self.dropout, self.label_noise, self.eta) > 1,
-             f"dropout={self.dropout}, label_noise={self.label_noise}, eta={self.eta}: each is at most 1"),
+            *((getattr(self, name) > 1, f"{name}={getattr(self, name)}: it must be at most 1")
+              for name in ("dropout", "label_noise", "eta")),
             (self.d_model % (4 if self.attention == "dense" else 32) or self.d_model % self.heads,
              f"d_model={self.d_model}: it must be divisible by heads={self.heads}, by 4 for the sine encoding and, "
              "with deformable attention, by 32 for the neck's GroupNorm"),
@@ -260,7 +260,7 @@ VARIANTS = {name: row for name, row in globals().items() if isinstance(row, Conf
 _detr = Recipe(epochs=500, batch_size=64)
 _deformable = Recipe(lr=2e-4, lr_backbone=2e-5, lr_points=0.1, batch_size=32)
 _diffu = Recipe(decay_norms=False, ema=0.999)
-_diffu_align = _diffu.but(epochs=24, lr_drop=20 / 24)
+_diffu_align = _diffu.but(epochs=24, lr_drop=20 / 24)               # norms without decay is DiffuDINO's, and assumed here
 RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
     **dict.fromkeys(("deformable", "deformable_single", "deformable_refine", "deformable_two_stage"), _deformable),

@@ -149,14 +149,12 @@ def read_checkpoint(path):
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:                  # damaged files raise RuntimeError, EOFError, KeyError, ...
-        if isinstance(error, pickle.UnpicklingError):
-            what = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f" ({what[1]})" if what else ""
-            raise WeightsError(f"{path}: refused, as it is a pickle of more than tensors{what} and loading it could "
+        if what := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise WeightsError(f"{path}: refused, as it is a pickle of more than tensors ({what[1]}) and loading it could "
                                "run code. Save the state dict alone where it was made: torch.save(model.state_dict(), "
                                "path)") from None
         size = os.path.getsize(path)
-        raise WeightsError(f"{path}: not a checkpoint, or cut short ({size:,} bytes): copy it again") from None
+        raise WeightsError(f"{path}: not a checkpoint, or cut short ({size:,} bytes): copy or download it again") from None
     if not isinstance(checkpoint, dict):
         raise WeightsError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint or state dict")
     return checkpoint
@@ -191,7 +189,7 @@ def detect(state, name=""):
 
     Works on published names and on ours. Dilation and Align-DETR's loss leave no trace in either: they are recognised only
     by "dc5" and "align" in `name`, the file's name; otherwise say `dilation=True`, or build that variant and load the file
-    into it. The same holds for heads (8 are assumed).
+    into it. Nor do the heads (the variant's are assumed) and, where queries start as proposals' features, the queries' number.
     Raises WeightsError for models that are not built here.
     """
     label, there = name or "the state dict", "there are " + ", ".join(variants.VARIANTS)
@@ -258,8 +256,8 @@ def identify(checkpoint, label):
     return detect(state_of(checkpoint, label), Path(label).name)
 
 
-def likely(checkpoint, label):
-    """A sentence on what the checkpoint looks like, for an error message."""
+def likely(checkpoint, label, more=""):
+    """A sentence on what the checkpoint looks like, with `more` to advise, for an error message."""
     try:
         variant, overrides = identify(checkpoint, label)
     except WeightsError as error:
@@ -267,8 +265,7 @@ def likely(checkpoint, label):
     code = "".join(f", {k}={v!r}" for k, v in overrides.items())
     flags = "".join(f" --{'no-' * (v is False)}{k.replace('_', '-')}" + f" {v}" * (type(v) is not bool)
                     for k, v in overrides.items() if k != "num_classes")                 # train.py has it from the data
-    return (f"It looks like: build_model({variant!r}{code}), or --variant {variant}{flags}; for another number of "
-            "classes, start from it with fine_tune")
+    return f"It looks like: build_model({variant!r}{code}), or --variant {variant}{flags}{more}"
 
 
 def coco_classes(num_classes):
@@ -311,7 +308,8 @@ def fine_tune(model, source, same_classes):
 
 def _load(model, checkpoint, label, replaceable=None, replace_all=False):
     state = state_of(checkpoint, label)
-    return put(model, state, own_names(state, model.cfg), label, lambda: likely(checkpoint, label), replaceable,
+    more = "" if replaceable else "; for another number of classes, start from it with fine_tune"
+    return put(model, state, own_names(state, model.cfg), label, lambda: likely(checkpoint, label, more), replaceable,
                replace_all)
 
 
