@@ -13,6 +13,7 @@ import torch
 
 import diffusion
 import distributed
+import toy
 import variants
 import weights
 from variants import Config, ConfigError, Recipe
@@ -131,8 +132,10 @@ def settle(given):
         run |= {"variant": meta["variant"], "preset": "checkpoint", "known": known}
         row, changes = Config(**meta["config"]), {}
         recipe = Recipe(**meta["recipe"]).but(**variants.FINE_TUNE_RECIPE)
-        if run["data"] != "toy" and not recipe.crop:                       # toy pictures' size does not suit photos
-            recipe = recipe.but(crop=True, **{k: variants.SMALL_RECIPE[k] for k in ("image_size", "max_size")})
+        if run["data"] != "toy":
+            recipe = recipe.but(crop=True)                                  # after toy pictures or --overfit it would be off
+            if meta["classes"] == [*toy.OUTLINES]:                          # whose size does not suit photos
+                recipe = recipe.but(**{k: variants.SMALL_RECIPE[k] for k in ("image_size", "max_size")})
     else:
         run["preset"] = run["preset"] or ("published" if run["data"] == "coco" else "small")
         row, changes, recipe = variants.variant(run["variant"]), {}, variants.recipe(run["variant"])

@@ -3019,6 +3019,15 @@ def test_train_fine_tunes_and_keeps_a_head_that_fits():
         assert code == 0 and "none new" in said
         code, said = run_quietly([*start, "--variant", "detr"])
         assert code == 2 and "leave it away" in said
+        assert options.settle({"weights": first + "/last.pth", "data": where})[2].image_size == 320
+        # A checkpoint of photos keeps their size, and after --overfit they are cropped again.
+        for split in ("train2017", "val2017"):
+            names = Path(where, "annotations", f"instances_{split}.json")
+            names.write_text(names.read_text().replace('"circle"', '"ball"'))
+        assert run_quietly(["--variant", "detr", "--data", where, "--backbone-weights", "none", "--overfit", "2", *TINY_RUN,
+                            "--steps", "1", "--out", folder + "/few"])[0] == 0
+        recipe = options.settle({"weights": folder + "/few/last.pth", "data": where})[2]
+        assert (recipe.image_size, recipe.crop) == (64, True)
 
 
 def test_train_a_loss_that_is_not_finite_names_the_images():
