@@ -178,7 +178,7 @@ def predict(model, meta, paths, score=0.5, transform=None, folder=None, trajecto
 def picture_grid(model, dataset, path, count=8, score=0.5, limit=None):
     """Write one picture: `count` of the data set's photos (of the first `limit`), truth beside predictions from `score` on."""
     drawn = []
-    chosen = np.unique(np.linspace(0, len(list(dataset.image_ids)[:limit]) - 1, count).round()).astype(int).tolist()
+    chosen = np.unique(np.linspace(0, min(limit or len(dataset), len(dataset)) - 1, count).round()).astype(int).tolist()
     for (image,), _, (target,) in data.loader(dataset, [[i] for i in chosen]):
         photo = data.to_pil(image)
         photo.thumbnail((640, 640))

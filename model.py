@@ -267,8 +267,8 @@ class Detector(nn.Module):
             nn.init.zeros_(head[-1].bias)
         for head in class_heads:                                            # the published heads are clones of one
             head.load_state_dict(self.class_embed[0].state_dict())
-        if not (cfg.two_stage or cfg.queries == "noise" or cfg.refine and cfg.shared_heads):     # start small, and once:
-            nn.init.constant_(self.bbox_embed[0][-1].bias[2:], -2)                                # 12% of a side
+        if not (cfg.two_stage or cfg.queries == "noise" or cfg.refine and cfg.shared_heads):  # every layer would shrink it
+            nn.init.constant_(self.bbox_embed[0][-1].bias[2:], -2)      # learned points, anchors: 12% of a side at first
         if not cfg.has_boxes:
             nn.init.zeros_(self.reference_points.bias)
         if cfg.two_stage and cfg.content == "learned":

@@ -133,8 +133,8 @@ def settle(given):
         row, changes = Config(**meta["config"]), {}
         recipe = Recipe(**meta["recipe"]).but(**variants.FINE_TUNE_RECIPE)
         if run["data"] != "toy":
-            recipe = recipe.but(crop=True)                                  # after toy pictures or --overfit it would be off
-            if meta["classes"] == [*toy.OUTLINES]:                          # whose size does not suit photos
+            recipe = recipe.but(crop=True)                                    # off in a run on toy pictures or --overfit
+            if meta["classes"] == [*toy.OUTLINES]:                            # toy pictures' size does not suit photos
                 recipe = recipe.but(**{k: variants.SMALL_RECIPE[k] for k in ("image_size", "max_size")})
     else:
         run["preset"] = run["preset"] or ("published" if run["data"] == "coco" else "small")

@@ -170,7 +170,8 @@ def passes(steps, values, floor):
 
 def compare_runs(folders, out_path):
     """Draw runs' class losses (log axis) and AP together; returns a line for every pair of runs: whether the class loss
-    of one passes the other's floor (the lowest that its smoothed curve comes), when, and whether both count the same."""
+    of one passes the other's floor (the lowest that its smoothed curve comes), when, and where theirs are
+    different losses (ce, focal, ...), which cannot be compared, that."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -193,9 +194,10 @@ def compare_runs(folders, out_path):
                 continue
             floor = smoothed(others).min()
             step = passes(steps, values, floor)
+            differ = None not in (kinds[a], kinds[b]) and kinds[a] != kinds[b]
             found.append(f"{names[a]} {'never passes' if step is None else 'passes'} the class loss floor of {names[b]} "
                          f"({floor:.4g})" + ("" if step is None else f" at step {step}")
-                         + (f"; they are not the same loss: {kinds[a]}, {kinds[b]}" if len({kinds[a], kinds[b]} - {None}) > 1 else ""))
+                         + (f"; they are not the same loss: {kinds[a]}, {kinds[b]}" if differ else ""))
             if step is not None:
                 axes[0].plot([step], [floor], "o", color=f"C{a}", markersize=7)
                 axes[0].axhline(floor, color=f"C{b}", linewidth=0.8, linestyle=":")

@@ -2727,7 +2727,8 @@ def test_eval_compare_finds_the_crossings():
         assert os.path.exists(f"{folder}/v1.2/compare.png")
         for wrong, word in (["--compare", folder], "log.jsonl"), (["--compare", folder, "--weights", "x"], "leave --weights"), \
                 (["--compare", folder, "--eta", "1"], "leave --eta"), (["--compare", folder, "--device", "cpu"], "--device"), \
-                (["--images", "a", "--weights", "x", "--out", "x.json"], "it is a folder"), (["--lim", "3"], "required"), \
+                (["--images", "a", "--weights", "x", "--out", "x.json"], "it is a folder"), \
+                (["--data", "toy", "--weights", "x", "--lim", "3"], "unrecognized arguments: --lim"), \
                 (["--data", "toy"], "--weights is missing"), (["--images", "a", "--weights", "x", "--score", "50"], "--score 50"):
             with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
                 evaluation.main(wrong)
