@@ -344,7 +344,7 @@ def bench_data(runs, photos):
                 now = [private_memory(pid) for pid in workers]
                 early = early or now
         print(f"8 workers' own memory, MB each: {statistics.mean(early):.0f} after 100 batches, {statistics.mean(now):.0f} "
-              f"after an epoch ({len(dataset) // 64} batches of 64)", flush=True)
+              f"30 before the end of an epoch ({len(dataset) // 64} batches of 64)", flush=True)
 
 
 def bench_score(images, detections):

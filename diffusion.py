@@ -99,7 +99,7 @@ def move_corners(boxes, negative, scale, generator=None):
 
 
 def group_mask(groups, group_size, num_queries, device=None):
-    """Self-attention's mask [P + Q, P + Q], True = may not attend, denoising slots first (DN-DETR, Eq. 8).
+    """Self-attention's mask [P + Q, P + Q], True = may not attend, denoising slots first (DN-DETR's attention mask).
 
     Matching queries must not see denoising ones, or the answer would leak; groups must not see each other. Denoising
     queries do see the matching ones, which know no target or, in DiffuDINO as published, begin as the targets at noise t.

@@ -28,6 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import diffusion
 import variants
+from dropout import Dropout
 from msda import MSDeformAttn
 
 
@@ -106,7 +107,7 @@ class EncoderLayer(nn.Module):
             self.self_attn = MSDeformAttn(d, cfg.levels, cfg.heads, cfg.points)
         self.linear1, self.linear2 = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
 
     def forward(self, x, m):
         """x [B, S, d] tokens so far; m, the Memory they will become (positions, mask, shapes, references)."""
@@ -116,7 +117,7 @@ class EncoderLayer(nn.Module):
         else:
             y = self.self_attn(q, q, x, key_padding_mask=m.mask, need_weights=False)[0]
         x = self.norm1(x + self.dropout(y))
-        y = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        y = self.linear2(self.dropout(self.linear1(x).relu_()))
         return self.norm2(x + self.dropout(y))
 
 
@@ -133,7 +134,7 @@ class DecoderLayer(nn.Module):
             self.cross_attn = MSDeformAttn(d, cfg.levels, cfg.heads, cfg.points)
         self.linear1, self.linear2 = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
         self.time = None
         if cfg.queries == "noise":          # "add" makes one shift; "scale_shift" a scale and a shift for each sublayer
             blocks, width = (1, d) if cfg.time == "add" else (3, 2 * d)
@@ -161,7 +162,7 @@ class DecoderLayer(nn.Module):
         x = self.modulate(x, t, 1)
         x = self.norm2(x + self.dropout(attend(self.cross_attn, x + pos)))
         x = self.modulate(x, t, 2)
-        y = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        y = self.linear2(self.dropout(self.linear1(x).relu_()))
         return self.norm3(x + self.dropout(y))
 
 
@@ -241,10 +242,9 @@ class Detector(nn.Module):
     def reset_parameters(self):
         """All initialisation that is not torch's default, in one place."""
         cfg = self.cfg
-        transformer = [self.encoder, self.decoder]
-        for name in ("enc_output", "pos_trans", "reference_points", "ref_point_head", "query_scale", "time_embed"):
-            if hasattr(self, name):
-                transformer.append(getattr(self, name))
+        names = ("encoder", "decoder", "enc_output", "pos_trans", "reference_points", "ref_point_head", "query_scale",
+                 "time_embed")
+        transformer = [getattr(self, name) for name in names if hasattr(self, name)]
         for p in (p for module in transformer for p in module.parameters() if p.dim() > 1):
             nn.init.xavier_uniform_(p)
         for module in self.modules():
@@ -473,7 +473,7 @@ class Detector(nn.Module):
             if reference is not None:          # the photo's [0, 1] to that of every level's padded map: [B, Q, levels, 2|4]
                 scale = memory.valid.repeat(1, 1, reference.shape[-1] // 2)
                 padded = reference[:, :, None] * scale[:, None]
-            if cfg.query_position == "reference":                            # DAB-DETR, Eq. 4: PE of (y, x, w, h), MLP
+            if cfg.query_position == "reference":                            # DAB-DETR: MLP(sine(y, x, w, h))
                 pos = self.ref_point_head(sine(padded[:, :, 0, [1, 0, 2, 3]], cfg.d_model // 2, 10000).flatten(2))
                 if cfg.query_scale and l > 0:
                     pos = pos * self.query_scale(x)

@@ -232,7 +232,8 @@ def parse_eval(argv):
     parser.add_argument("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     parser.add_argument("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
-    parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's)")
+    parser.add_argument("--max-size", type=int, help="long side at most (default: the checkpoint's, scaled as "
+                        "--image-size is)")
     parser.add_argument("--out", type=Path, help="a folder, or a .json file for --data (default: beside the weights); or "
                         "--compare's picture (default: out/compare.png)")
     what = parser.add_mutually_exclusive_group(required=True)

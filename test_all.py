@@ -64,6 +64,7 @@ import toy
 import train
 import variants
 import weights
+from dropout import Dropout
 from model import DecoderLayer, Detector, build_model
 from msda_cuda import cpu, cuda, emulate, op, plain
 from order import BatchOrder, repeat_factors
@@ -1160,6 +1161,29 @@ def test_model_first_boxes_start_at_their_size_in_every_layer():
         for shared in (False, True):
             widths = small(name, shared_heads=shared, decoder_layers=4)(images, mask, targets)["boxes"][..., 2:].flatten(1)
             assert (widths.median(1).values > 0.08).all(), (name, shared, widths.median(1).values)
+
+
+def test_model_dropout_drops_its_share():
+    """Each element on its own with probability p, the others scaled to keep the mean; the gradient takes the same ones."""
+    for p, shape in ((0.1, (1001, 1003)), (0.5, (999_999,)), (0.9, (10, 100, 1001))):
+        x = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 1).requires_grad_()
+        torch.manual_seed(3)
+        y = Dropout(p)(x)
+        kept = y != 0
+        n, deviations = kept.numel(), 5 * math.sqrt(p * (1 - p))
+        assert abs(kept.double().mean() - (1 - p)) < deviations / math.sqrt(n), p
+        both = kept.flatten()[1:] & kept.flatten()[:-1]                       # the four of one 64-bit word are independent
+        for i in range(4):
+            assert abs(both[i::4].double().mean() - (1 - p) ** 2) < deviations / math.sqrt(n / 4), (p, i)
+        assert torch.allclose(y[kept], x[kept] / (1 - p))
+        y.sum().backward()
+        assert torch.allclose(x.grad, kept / (1 - p))
+        torch.manual_seed(3)
+        assert torch.equal(Dropout(p)(x), y) and not torch.equal(Dropout(p)(x), y)
+    x = torch.rand(3, 5)
+    assert Dropout(0.5).eval()(x) is x and torch.equal(Dropout(0.0)(x), x)
+    half = Dropout(0.5)(x.bfloat16()[:, ::2])
+    assert half.dtype == torch.bfloat16 and half.shape == (3, 3) and Dropout(0.5)(x[:0]).shape == (0, 5)
 
 
 def test_model_wrong_use_is_said():

@@ -189,8 +189,8 @@ def detect(state, name=""):
 
     Works on published names and on ours. Dilation and Align-DETR's loss leave no trace in either: they are recognised only
     by "dc5" and "align" in `name`, the file's name; otherwise say `dilation=True`, or build that variant and load the file
-    into it. The number of heads leaves none either (the variant's is assumed), nor, where queries start as proposals'
-    features, does theirs.
+    into it. The number of heads leaves none either (the variant's is assumed), nor does the number of queries where they
+    start as proposals' features.
     Raises WeightsError for models that are not built here.
     """
     label, there = name or "the state dict", "there are " + ", ".join(variants.VARIANTS)

@@ -38,43 +38,46 @@ void prepare(Point<T> *points, const T *offsets, const T *logits, const T *refer
     }
 }
 
-template <typename T, int R>
+// FIXED: D where it is known when this is compiled, so that a query's sum stays in registers; 0: any D.
+template <typename T, int R, int FIXED>
 void forward(const T *value, const T *offsets, const T *logits, const T *reference, T *out, const int64_t *shapes, Sizes n,
              int64_t first, int64_t last) {
-    const int64_t K = n.L * n.P, stride = n.M * n.D;
+    const int64_t K = n.L * n.P, D = FIXED ? FIXED : n.D, stride = n.M * D;
     std::vector<Point<T>> points(K);
+    std::vector<T> any(D);
+    T fixed[FIXED + 1], *const o = FIXED ? fixed : any.data();
     for (int64_t pair = first; pair < last; pair++) {
         const int64_t b = pair / n.M, m = pair % n.M;
-        const T *values = value + b * n.S * stride + m * n.D;
+        const T *values = value + b * n.S * stride + m * D;
         for (int64_t q = 0; q < n.Q; q++) {
             const int64_t row = (b * n.Q + q) * n.M + m;
             const T *box = reference + (b * n.Q + q) * n.L * R;
             prepare<T, R>(points.data(), offsets + row * K * 2, logits + row * K, box, shapes, n);
-            T *o = out + row * n.D;
-            std::fill(o, o + n.D, T(0));
+            std::fill(o, o + D, T(0));
             for (int64_t k = 0; k < K; k++) {
                 const Point<T> &p = points[k];
                 for (int c = 0; c < 4; c++) {
                     if (!p.has(c)) continue;
                     const T *v = values + p.token(c, shapes[2 * (k / n.P) + 1]) * stride, scale = p.weight * p.bilinear(c);
-                    for (int64_t d = 0; d < n.D; d++) o[d] += scale * v[d];
+                    for (int64_t d = 0; d < D; d++) o[d] += scale * v[d];
                 }
             }
+            std::copy(o, o + D, out + row * D);
         }
     }
 }
 
-template <typename T, int R>
+template <typename T, int R, int FIXED>
 void backward(const T *grad_out, const T *value, const T *offsets, const T *logits, const T *reference, T *grad_value,
               T *grad_offsets, T *grad_logits, T *grad_reference, const int64_t *shapes, Sizes n, int64_t first,
               int64_t last) {
-    const int64_t K = n.L * n.P, stride = n.M * n.D;
+    const int64_t K = n.L * n.P, D = FIXED ? FIXED : n.D, stride = n.M * D;
     std::vector<Point<T>> points(K);
     for (int64_t pair = first; pair < last; pair++) {
-        const int64_t b = pair / n.M, m = pair % n.M, at = b * n.S * stride + m * n.D;
+        const int64_t b = pair / n.M, m = pair % n.M, at = b * n.S * stride + m * D;
         for (int64_t q = 0; q < n.Q; q++) {
             const int64_t row = (b * n.Q + q) * n.M + m;
-            const T *box = reference + (b * n.Q + q) * n.L * R, *g = grad_out + row * n.D;
+            const T *box = reference + (b * n.Q + q) * n.L * R, *g = grad_out + row * D;
             prepare<T, R>(points.data(), offsets + row * K * 2, logits + row * K, box, shapes, n);
             T mean = 0;
             for (int64_t k = 0; k < K; k++) {
@@ -87,7 +90,7 @@ void backward(const T *grad_out, const T *value, const T *offsets, const T *logi
                     const T *v = value + token, scale = p.weight * p.bilinear(c);
                     T *gv = grad_value + token, dot = 0;
 #pragma omp simd reduction(+ : dot)
-                    for (int64_t d = 0; d < n.D; d++) {
+                    for (int64_t d = 0; d < D; d++) {
                         dot += g[d] * v[d];
                         gv[d] += scale * g[d];
                     }
@@ -112,16 +115,18 @@ void backward(const T *grad_out, const T *value, const T *offsets, const T *logi
     }
 }
 
+// The published models have 32 channels a head, the small ones 16.
+#define BY_CHANNELS(function, T, R) (D == 32 ? function<T, R, 32> : D == 16 ? function<T, R, 16> : function<T, R, 0>)
 #define EXPORT(T, name, R)                                                                                                \
     extern "C" void forward_##name##_##R(const T *v, const T *x, const T *a, const T *r, T *o, const int64_t *shapes,      \
                                          int64_t S, int64_t M, int64_t D, int64_t Q, int64_t L, int64_t P, int64_t first, \
                                          int64_t last) {                                                                  \
-        forward<T, R>(v, x, a, r, o, shapes, {S, M, D, Q, L, P}, first, last);                                            \
+        BY_CHANNELS(forward, T, R)(v, x, a, r, o, shapes, {S, M, D, Q, L, P}, first, last);                               \
     }                                                                                                                     \
     extern "C" void backward_##name##_##R(const T *g, const T *v, const T *x, const T *a, const T *r, T *gv, T *gx, T *ga, \
                                           T *gr, const int64_t *shapes, int64_t S, int64_t M, int64_t D, int64_t Q,        \
                                           int64_t L, int64_t P, int64_t first, int64_t last) {                             \
-        backward<T, R>(g, v, x, a, r, gv, gx, ga, gr, shapes, {S, M, D, Q, L, P}, first, last);                            \
+        BY_CHANNELS(backward, T, R)(g, v, x, a, r, gv, gx, ga, gr, shapes, {S, M, D, Q, L, P}, first, last);               \
     }
 EXPORT(float, float32, 2)
 EXPORT(float, float32, 4)
