@@ -28,7 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import diffusion
 import variants
-from dropout import Dropout
+from dropout import Dropout, MultiheadAttention
 from msda import MSDeformAttn
 
 
@@ -102,7 +102,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         d = cfg.d_model
         if cfg.attention == "dense":
-            self.self_attn = nn.MultiheadAttention(d, cfg.heads, cfg.dropout, batch_first=True)
+            self.self_attn = MultiheadAttention(d, cfg.heads, cfg.dropout)
         else:
             self.self_attn = MSDeformAttn(d, cfg.levels, cfg.heads, cfg.points)
         self.linear1, self.linear2 = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
@@ -115,9 +115,9 @@ class EncoderLayer(nn.Module):
         if isinstance(self.self_attn, MSDeformAttn):
             y = self.self_attn(q, m.reference, self.self_attn.project(x, m.mask), m.shapes)
         else:
-            y = self.self_attn(q, q, x, key_padding_mask=m.mask, need_weights=False)[0]
+            y = self.self_attn(q, q, x, key_padding_mask=m.mask)
         x = self.norm1(x + self.dropout(y))
-        y = self.linear2(self.dropout(self.linear1(x).relu_()))
+        y = self.linear2(self.dropout(self.linear1(x), relu=True))
         return self.norm2(x + self.dropout(y))
 
 
@@ -127,9 +127,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d = cfg.d_model
-        self.self_attn = nn.MultiheadAttention(d, cfg.heads, cfg.dropout, batch_first=True)
+        self.self_attn = MultiheadAttention(d, cfg.heads, cfg.dropout)
         if cfg.attention == "dense":
-            self.cross_attn = nn.MultiheadAttention(d, cfg.heads, cfg.dropout, batch_first=True)
+            self.cross_attn = MultiheadAttention(d, cfg.heads, cfg.dropout)
         else:
             self.cross_attn = MSDeformAttn(d, cfg.levels, cfg.heads, cfg.points)
         self.linear1, self.linear2 = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
@@ -156,13 +156,13 @@ class DecoderLayer(nn.Module):
         """
         x = self.modulate(x, t, 0)
         q = x + pos
-        x = self.norm1(x + self.dropout(self.self_attn(q, q, x, attn_mask=blocked, need_weights=False)[0]))
+        x = self.norm1(x + self.dropout(self.self_attn(q, q, x, attn_mask=blocked)))
         if self.time is not None and len(self.time) == 1:               # DiffuDETR: FFN(MSDA(SA(q) + t, r_t, O_enc))
             x = x + self.time[0](t)[:, None]
         x = self.modulate(x, t, 1)
         x = self.norm2(x + self.dropout(attend(self.cross_attn, x + pos)))
         x = self.modulate(x, t, 2)
-        y = self.linear2(self.dropout(self.linear1(x).relu_()))
+        y = self.linear2(self.dropout(self.linear1(x), relu=True))
         return self.norm3(x + self.dropout(y))
 
 
@@ -481,8 +481,7 @@ class Detector(nn.Module):
             def attend(attention, query, padded=padded, value=values[l]):         # theirs now: a layer may run again
                 if cfg.attention == "deformable":
                     return attention(query, padded, value, memory.shapes)
-                return attention(query, memory.tokens + memory.pos, memory.tokens, key_padding_mask=memory.mask,
-                                 need_weights=False)[0]
+                return attention(query, memory.tokens + memory.pos, memory.tokens, key_padding_mask=memory.mask)
 
             x = layer(x, pos, attend, blocked, t)
             h = self.decoder_norm(x)

@@ -64,7 +64,7 @@ import toy
 import train
 import variants
 import weights
-from dropout import Dropout
+from dropout import Dropout, MultiheadAttention
 from model import DecoderLayer, Detector, build_model
 from msda_cuda import cpu, cuda, emulate, op, plain
 from order import BatchOrder, repeat_factors
@@ -1086,7 +1086,7 @@ def test_model_time_is_added_between_self_attention_and_cross_attention():
     asked = []
     with torch.no_grad():
         got = layer(x, pos, lambda cross_attn, query: asked.append(query) or looked, None, t)
-        told = layer.norm1(x + layer.self_attn(x + pos, x + pos, x)[0]) + layer.time[0](t)[:, None]
+        told = layer.norm1(x + layer.self_attn(x + pos, x + pos, x)) + layer.time[0](t)[:, None]
         after = layer.norm2(told + looked)
         want = layer.norm3(after + layer.linear2(layer.linear1(after).relu()))
     assert torch.allclose(asked[0], told + pos, atol=1e-12) and torch.allclose(got, want, atol=1e-12)
@@ -1184,6 +1184,44 @@ def test_model_dropout_drops_its_share():
     assert Dropout(0.5).eval()(x) is x and torch.equal(Dropout(0.0)(x), x)
     half = Dropout(0.5)(x.bfloat16()[:, ::2])
     assert half.dtype == torch.bfloat16 and half.shape == (3, 3) and Dropout(0.5)(x[:0]).shape == (0, 5)
+    assert not Dropout(1.0)(x).any()
+
+
+def test_model_dropout_after_relu():
+    """The same draws as ReLU and dropout one after the other, the same gradient, and the input is left as it was."""
+    x = torch.randn(301, 77, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    given, upstream = x.detach().clone(), torch.randn(301, 77, generator=torch.Generator().manual_seed(1))
+    for p in (0.0, 0.3):
+        results = []
+        for relu in (lambda: Dropout(p)(x, relu=True), lambda: Dropout(p)(x.relu())):
+            torch.manual_seed(3)
+            y = relu()
+            results.append((y, *torch.autograd.grad(y, x, upstream)))
+        assert all(torch.equal(a, b) for a, b in zip(*results)) and torch.equal(x, given), p
+        assert results[0][1].any() and torch.equal(Dropout(p).eval()(x, relu=True), given.relu())
+
+
+def test_model_dropout_in_attention():
+    """Head by head: nn.MultiheadAttention's numbers where nothing is dropped, their mean where something is."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 16, generator=g, dtype=torch.float64).requires_grad_() for n in (5, 7, 7))
+    padded, blocked = torch.arange(7) >= torch.tensor([[7], [4]]), torch.rand(5, 7, generator=g) < 0.3
+    blocked[:, 0] = False
+    nothing = 1e-9                                                                      # rounds to 0, the others / (1 - 1e-9)
+    for masks in ({}, {"key_padding_mask": padded}, {"attn_mask": blocked},
+                  {"key_padding_mask": padded, "attn_mask": blocked}):
+        ours, theirs = MultiheadAttention(16, 4, nothing).double(), torch.nn.MultiheadAttention(16, 4, batch_first=True).double()
+        ours.load_state_dict(theirs.state_dict())
+        a, b = ours(q, k, v, **masks), theirs(q, k, v, need_weights=False, **masks)[0]
+        assert torch.allclose(a, b, atol=1e-8) and torch.allclose(ours.eval()(q, k, v, **masks), b), masks
+        wanted = torch.autograd.grad(b.sin().sum(), [q, k, v, *theirs.parameters()])
+        for x, y in zip(torch.autograd.grad(a.sin().sum(), [q, k, v, *ours.parameters()]), wanted):
+            assert torch.allclose(x, y, atol=1e-7), masks
+        ours.train().dropout = 0.5
+        torch.manual_seed(0)
+        many = torch.stack([ours(q, k, v, **masks) for _ in range(500)]).detach()
+        off = (many.mean(0) - b) / (many.std(0) / 500 ** 0.5)
+        assert off.abs().max() < 5 and many.std(0).min() > 0, off.abs().max()
 
 
 def test_model_wrong_use_is_said():
