@@ -34,15 +34,16 @@ class Dropout(nn.Dropout):
     """`nn.Dropout`, of x or of relu(x)."""
 
     def forward(self, x, relu=False):
-        """x of any shape and floating dtype -> the same, relu(x) if asked for, with dropout in training."""
+        """x of any shape and floating dtype -> the same, relu(x) if asked for, with dropout in training. The ReLU overwrites x
+        where no gradient is asked for."""
         if self.training and 0 < self.p < 1 and x.device.type == "cpu":
             return Dropped.apply(x, self.p, relu)
         return super().forward(F.relu(x, inplace=not x.requires_grad) if relu else x)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention`, batch first, that returns no weights. Where dropout keeps a CPU from torch's fast attention, head
-    comes after head: one head's scores stay in the cache, and the next head uses their memory again."""
+    """`nn.MultiheadAttention`, batch first, that returns no weights. Where dropout keeps a CPU from torch's fast attention,
+    head comes after head: one head's scores stay in the cache, and the next head uses their memory again."""
 
     def __init__(self, d, heads, dropout):
         super().__init__(d, heads, dropout, batch_first=True)

@@ -1210,7 +1210,9 @@ def test_model_dropout_in_attention():
     nothing = 1e-9                                                                      # rounds to 0, the others / (1 - 1e-9)
     for masks in ({}, {"key_padding_mask": padded}, {"attn_mask": blocked},
                   {"key_padding_mask": padded, "attn_mask": blocked}):
-        ours, theirs = MultiheadAttention(16, 4, nothing).double(), torch.nn.MultiheadAttention(16, 4, batch_first=True).double()
+        torch.manual_seed(0)
+        ours = MultiheadAttention(16, 4, nothing).double()
+        theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True).double()
         ours.load_state_dict(theirs.state_dict())
         a, b = ours(q, k, v, **masks), theirs(q, k, v, need_weights=False, **masks)[0]
         assert torch.allclose(a, b, atol=1e-8) and torch.allclose(ours.eval()(q, k, v, **masks), b), masks
@@ -1218,7 +1220,6 @@ def test_model_dropout_in_attention():
         for x, y in zip(torch.autograd.grad(a.sin().sum(), [q, k, v, *ours.parameters()]), wanted):
             assert torch.allclose(x, y, atol=1e-7), masks
         ours.train().dropout = 0.5
-        torch.manual_seed(0)
         many = torch.stack([ours(q, k, v, **masks) for _ in range(500)]).detach()
         off = (many.mean(0) - b) / (many.std(0) / 500 ** 0.5)
         assert off.abs().max() < 5 and many.std(0).min() > 0, off.abs().max()
