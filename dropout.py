@@ -1,33 +1,111 @@
-"""Dropout that costs a CPU less than torch's: alone, after a ReLU, and inside of attention."""
+"""Dropout that costs a CPU less than torch's: alone, after a ReLU, and inside of attention.
+
+torch draws 64 random bits an element there, in one thread, and keeps what it drew for the backward pass; and its fast
+attention knows no dropout. Here dropout.cpp draws, from a seed and an element's place, and draws again in the backward pass.
+Where it cannot be compiled, and on GPUs, torch's own dropout and attention serve.
+"""
+import ctypes
+import functools
 import math
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from msda_cuda import build
+
+
+@functools.cache
+def library():
+    """dropout.cpp's functions, or None, with a warning, where they cannot be compiled."""
+    try:
+        return build.cpp(Path(__file__).with_name("dropout.cpp"))
+    except OSError as error:
+        warnings.warn(f"dropout runs in plain PyTorch, which is slower: {error}", stacklevel=2)
+
+
+def native(module, p, x):
+    """Whether a module's dropout with probability p of x is for dropout.cpp."""
+    return module.training and 0 < p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling() and library()
+
+
+def new_seed():
+    """From torch's generator, so that `torch.manual_seed` gives the same run again."""
+    return int(torch.randint(2 ** 63 - 1, ()))
+
+
+def drop(x, p, seed, gate=None, inplace=False):
+    """x where it stays, / (1 - p), else 0: the same elements for the same seed. With `gate`, of x's shape, only where it is
+    above 0. Half precision is computed in float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, dtype = x.to(wide).contiguous(), x.dtype
+    gate = None if gate is None else gate.to(wide).contiguous()
+    y = x if inplace else torch.empty_like(x)
+    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (x, gate, y))
+    getattr(library(), f"drop_{str(wide).removeprefix('torch.')}")(
+        *pointers, ctypes.c_int64(x.numel()), ctypes.c_uint64(seed), ctypes.c_uint32(min(round(p * 2 ** 32), 2 ** 32 - 1)),
+        ctypes.c_double(1 / (1 - p)))
+    return y.to(dtype)
+
 
 class Dropped(torch.autograd.Function):
-    """Each element of x dropped with probability p, the others / (1 - p), on a CPU; with `relu`, after a ReLU.
-
-    torch draws 64 random bits an element there, one after the other, and keeps a float of each for the backward pass. Here
-    16 bits are drawn (p is rounded to a multiple of 2^-16) and a bool is kept. After a ReLU nothing is kept but the output,
-    which the next layer keeps anyway: gradients pass where it is above 0.
-    """
+    """Each element of x dropped with probability p; with `relu`, of relu(x). Then the output is kept, which the next layer
+    keeps anyway, and gradients pass where it is above 0."""
 
     @staticmethod
     def forward(ctx, x, p, relu):
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
-        kept = words.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2 ** 16) - 2 ** 15
-        ctx.scale, ctx.relu = 1 / (1 - p), relu
-        y = torch.where(kept, x, 0).mul_(ctx.scale)
-        ctx.save_for_backward(y.relu_() if relu else kept)
+        ctx.p, ctx.seed = p, new_seed()
+        y = drop(x, p, ctx.seed, gate=x if relu else None)
+        ctx.save_for_backward(y if relu else None)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        passed, = ctx.saved_tensors
-        grad = torch.ops.aten.threshold_backward(grad, passed, 0) if ctx.relu else torch.where(passed, grad, 0)
-        return grad.mul_(ctx.scale), None, None
+        return drop(grad, ctx.p, ctx.seed, gate=ctx.saved_tensors[0]), None, None
+
+
+class Attended(torch.autograd.Function):
+    """dropout(softmax(q k^T / sqrt(D) + bias)) v, of q [B, Q, M, D], k and v [B, S, M, D] and bias [1 or B, 1 or Q, S].
+
+    Head comes after head: one head's scores stay in the cache, and the next head uses their memory again. None are kept for
+    the backward pass, which computes them from q and k again, as FlashAttention does (Dao et al. 2022, Algorithm 4).
+    """
+
+    @staticmethod
+    def weights(q, k, bias):
+        """One head's attention [B, Q, S], in float32 if q is in half precision."""
+        scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)
+        return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, p):
+        ctx.p, ctx.seed = p, new_seed()
+        ctx.save_for_backward(q, k, v, bias)
+        out = torch.empty_like(q)
+        for head in range(q.shape[2]):
+            q_, k_, v_ = (x[:, :, head] for x in (q, k, v))
+            weights = drop(Attended.weights(q_, k_, bias), p, ctx.seed + head, inplace=True)
+            out[:, :, head] = weights.to(v.dtype) @ v_
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        *qkv, bias = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in qkv]
+        for head in range(grad.shape[2]):
+            q, k, v, g = (x[:, :, head] for x in (*qkv, grad))
+            weights = Attended.weights(q, k, bias)
+            grads[2][:, :, head] = drop(weights, ctx.p, ctx.seed + head).to(g.dtype).mT @ g
+            flow = drop((g @ v.mT).to(weights.dtype), ctx.p, ctx.seed + head, inplace=True)
+            # Softmax, backwards: dL/dscore_k = a_k (dL/da_k - sum_j a_j dL/da_j).
+            flow = torch.ops.aten._softmax_backward_data(flow, weights, -1, weights.dtype).to(q.dtype)
+            grads[0][:, :, head] = flow @ k
+            grads[1][:, :, head] = flow.mT @ q
+        for of in grads[:2]:
+            of *= q.shape[-1] ** -0.5
+        return *grads, None, None
 
 
 class Dropout(nn.Dropout):
@@ -36,14 +114,13 @@ class Dropout(nn.Dropout):
     def forward(self, x, relu=False):
         """x of any shape and floating dtype -> the same, relu(x) if asked for, with dropout in training. The ReLU overwrites x
         where no gradient is asked for."""
-        if self.training and 0 < self.p < 1 and x.device.type == "cpu":
+        if native(self, self.p, x):
             return Dropped.apply(x, self.p, relu)
         return super().forward(F.relu(x, inplace=not x.requires_grad) if relu else x)
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """`nn.MultiheadAttention`, batch first, that returns no weights. Where dropout keeps a CPU from torch's fast attention,
-    head comes after head: one head's scores stay in the cache, and the next head uses their memory again."""
+    """`nn.MultiheadAttention`, batch first, that returns no weights."""
 
     def __init__(self, d, heads, dropout):
         super().__init__(d, heads, dropout, batch_first=True)
@@ -51,15 +128,13 @@ class MultiheadAttention(nn.MultiheadAttention):
     def forward(self, query, key, value, key_padding_mask=None, attn_mask=None):
         """query [B, Q, d], key and value [B, S, d] -> [B, Q, d]. key_padding_mask [B, S], attn_mask [Q, S]: bool, True =
         not attended to."""
-        if not (self.training and 0 < self.dropout < 1 and query.device.type == "cpu"):
+        if not native(self, self.dropout, query):
             return super().forward(query, key, value, key_padding_mask, need_weights=False, attn_mask=attn_mask)[0]
-        bias = query.new_zeros(1, 1, 1)
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)) for x, w, b in zip(
+            (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)))
+        bias = q.new_zeros(1, 1, 1)
         if key_padding_mask is not None:
             bias = bias.masked_fill(key_padding_mask[:, None], -math.inf)
         if attn_mask is not None:
             bias = bias.masked_fill(attn_mask, -math.inf)
-        projected = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).unbind(2) for x, w, b in zip(
-            (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)))
-        heads = (Dropped.apply(torch.baddbmm(bias, q, k.mT, alpha=self.head_dim ** -0.5).softmax(-1), self.dropout, False) @ v
-                 for q, k, v in zip(*projected))
-        return self.out_proj(torch.cat(list(heads), -1))
+        return self.out_proj(Attended.apply(q, k, v, bias, self.dropout).flatten(2))

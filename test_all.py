@@ -54,6 +54,7 @@ import bench
 import data
 import diffusion
 import distributed
+import dropout
 import eval as evaluation
 import matcher
 import msda
@@ -66,7 +67,7 @@ import variants
 import weights
 from dropout import Dropout, MultiheadAttention
 from model import DecoderLayer, Detector, build_model
-from msda_cuda import cpu, cuda, emulate, op, plain
+from msda_cuda import build, cpu, cuda, emulate, op, plain
 from order import BatchOrder, repeat_factors
 
 HERE = Path(__file__).parent
@@ -320,33 +321,56 @@ def test_msda_is_an_operator_of_torch():
     assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), want, atol=0.1)
 
 
+@contextlib.contextmanager
+def without_compiler(*caches, compiler="/no/such/compiler"):
+    """Within, C++ cannot be compiled, or by `compiler` only, and nothing has been; caches of functions start and end empty.
+    Yields the warnings."""
+    with tempfile.TemporaryDirectory() as folder, \
+            mock.patch.dict(os.environ, {"CXX": compiler}), mock.patch.object(build, "folder", lambda: Path(folder)), \
+            warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for cache in (build.cpp, *caches):
+            cache.cache_clear()
+        try:
+            yield said
+        finally:
+            for cache in (build.cpp, *caches):
+                cache.cache_clear()
+
+
 def test_msda_needs_no_compiler():
     """Where nothing can be compiled one warning says why, and plain PyTorch serves; MINDETR_MSDA can forbid that."""
     args = msda_inputs()
     want = msda_by_definition(*args)
-    with tempfile.TemporaryDirectory() as folder, \
-            mock.patch.dict(os.environ, {"CXX": "/no/such/compiler", "XDG_CACHE_HOME": folder}):
-        try:
-            for cache in (cpu.library, op.native, op.warn_once):
-                cache.cache_clear()
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                assert torch.allclose(msda.msda(*args), want, atol=1e-12)
-                assert torch.allclose(msda.msda(*msda_inputs(D=8)), msda_by_definition(*msda_inputs(D=8)), atol=1e-12)
-            assert len(said) == 1 and "plain PyTorch" in str(said[0].message) and "compiler" in str(said[0].message)
-            op.native.cache_clear()
-            with mock.patch.object(op, "BACKEND", "native"):
-                assert "compiler" in error_of(msda.msda, *args, kind=OSError)
-            with mock.patch.object(op, "BACKEND", "torch"):
-                assert torch.allclose(msda.msda(*args), want, atol=1e-12)
-                half = msda.msda(*msda_inputs(dtype=torch.bfloat16))
-                assert half.dtype == torch.bfloat16
-        finally:
-            for cache in (cpu.library, op.native, op.warn_once):
-                cache.cache_clear()
+    with without_compiler(op.native, op.warn_once) as said:
+        assert torch.allclose(msda.msda(*args), want, atol=1e-12)
+        assert torch.allclose(msda.msda(*msda_inputs(D=8)), msda_by_definition(*msda_inputs(D=8)), atol=1e-12)
+        op.native.cache_clear()
+        with mock.patch.object(op, "BACKEND", "native"):
+            assert "compiler" in error_of(msda.msda, *args, kind=OSError)
+        with mock.patch.object(op, "BACKEND", "torch"):
+            assert torch.allclose(msda.msda(*args), want, atol=1e-12)
+            half = msda.msda(*msda_inputs(dtype=torch.bfloat16))
+            assert half.dtype == torch.bfloat16
+    assert len(said) == 1 and "plain PyTorch" in str(said[0].message) and "compiler" in str(said[0].message)
     with mock.patch.object(ctypes, "CDLL", side_effect=OSError):
         cuda.nvrtc.cache_clear()
         assert "NVRTC is not installed: pip install" in error_of(cuda.nvrtc, kind=OSError)
+
+
+def test_msda_needs_no_openmp():
+    """A compiler without OpenMP makes the same functions, for one thread."""
+    if len(msda_ways()) == 1:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = Path(folder) / "compiler"
+        compiler.write_text(f'#!/bin/sh\nfor flag; do [ "$flag" != -fopenmp ] || exit 1; done\n{build.compiler()[0]} "$@"\n')
+        compiler.chmod(0o755)
+        args = msda_inputs()
+        with without_compiler(op.native, op.warn_once, compiler=str(compiler)) as said:
+            assert torch.allclose(msda.msda(*args), msda_by_definition(*args), atol=1e-12)
+            assert b"GOMP" not in Path(cpu.library()._name).read_bytes() and not said
+    assert b"GOMP" in Path(cpu.library()._name).read_bytes()
 
 
 def test_msda_kernel_is_compiled_by_nvrtc():
@@ -1172,9 +1196,9 @@ def test_model_dropout_drops_its_share():
         kept = y != 0
         n, deviations = kept.numel(), 5 * math.sqrt(p * (1 - p))
         assert abs(kept.double().mean() - (1 - p)) < deviations / math.sqrt(n), p
-        both = kept.flatten()[1:] & kept.flatten()[:-1]                       # the four of one 64-bit word are independent
-        for i in range(4):
-            assert abs(both[i::4].double().mean() - (1 - p) ** 2) < deviations / math.sqrt(n / 4), (p, i)
+        for apart in (1, 2, 4096):                                            # neighbours are independent, and so are blocks
+            both = kept.flatten()[apart:] & kept.flatten()[:-apart]
+            assert abs(both.double().mean() - (1 - p) ** 2) < deviations / math.sqrt(n), (p, apart)
         assert torch.allclose(y[kept], x[kept] / (1 - p))
         y.sum().backward()
         assert torch.allclose(x.grad, kept / (1 - p))
@@ -1223,6 +1247,69 @@ def test_model_dropout_in_attention():
         many = torch.stack([ours(q, k, v, **masks) for _ in range(500)]).detach()
         off = (many.mean(0) - b) / (many.std(0) / 500 ** 0.5)
         assert off.abs().max() < 5 and many.std(0).min() > 0, off.abs().max()
+
+
+def test_model_dropout_in_attention_by_definition():
+    """The output and its gradients are those of the definition with the same weights dropped, in bfloat16 as well; which
+    are dropped does not depend on the threads."""
+    g = torch.Generator().manual_seed(0)
+    B, Q, S, M, D, p = 2, 5, 70, 3, 8, 0.3
+    q, k, v, upstream = (torch.randn(B, n, M, D, generator=g, dtype=torch.float64) for n in (Q, S, S, Q))
+    bias = torch.where(torch.rand(B, Q, S, generator=g) < 0.3, -math.inf, 0.0).double()
+    if not dropout.library():
+        return print("  (only torch's own dropout is tested)")
+
+    def run(function, dtype=torch.float64):
+        torch.manual_seed(3)
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, bias.to(dtype))
+        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
+
+    def definition(q, k, v, bias):
+        seed, out = dropout.new_seed(), []
+        for head in range(M):
+            kept = dropout.drop(torch.ones(B, Q, S, dtype=torch.float64), p, seed + head)
+            weights = (q[:, :, head] @ k[:, :, head].mT / math.sqrt(D) + bias).softmax(-1) * kept
+            out.append(weights @ v[:, :, head])
+        return torch.stack(out, 2)
+
+    def fast(*args):
+        return dropout.Attended.apply(*args, p)
+
+    wanted, got = run(definition), run(fast)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got, wanted))
+    for a, b in zip(run(fast, torch.bfloat16), wanted):
+        assert a.dtype == torch.bfloat16 and torch.allclose(a.double(), b, atol=0.1) and not torch.equal(a.double(), b)
+    threads, x, drawn = torch.get_num_threads(), torch.ones(100_001), []
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            drawn.append(dropout.drop(x, p, 7))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*drawn)
+
+
+def test_model_dropout_needs_no_compiler():
+    """Where dropout.cpp cannot be compiled one warning says why and torch's own serves, as it does under torch.compile."""
+    x = torch.ones(2, 50, 16)
+    torch.manual_seed(0)
+    attention, alone = MultiheadAttention(16, 4, 0.5), Dropout(0.5)
+
+    def serves_torchs():
+        for module, arguments, theirs in ((alone, (x,), lambda: torch.nn.functional.dropout(x, 0.5)),
+                                          (attention, (x, x, x), lambda: torch.nn.MultiheadAttention.forward(
+                                              attention, x, x, x, need_weights=False)[0])):
+            torch.manual_seed(3)
+            y = module(*arguments)
+            torch.manual_seed(3)
+            assert torch.equal(y, theirs())
+
+    with mock.patch.object(torch.compiler, "is_compiling", lambda: True):
+        serves_torchs()
+    with without_compiler(dropout.library) as said:
+        serves_torchs()
+    assert len(said) == 1 and "dropout" in str(said[0].message) and "compiler" in str(said[0].message)
 
 
 def test_model_wrong_use_is_said():

@@ -1,9 +1,8 @@
 // Multi-scale deformable attention on a CPU, forward and backward: Zhu et al. 2021, Eq. 3, one point at a time, from the
 // layer's raw offsets and attention logits to its output, with the arithmetic that the CUDA kernel has (sampling.h).
 //
-// Compiled by cpu.py at first use. A call handles the (image, head) pairs [first, last); calls on disjoint ranges write
-// to disjoint memory, so that Python threads can run them side by side (ctypes lets go of the interpreter's lock), and
-// the result does not depend on how many there are.
+// Compiled by build.py at first use. Threads share out the (image, head) pairs, which write to disjoint memory: the result
+// does not depend on how many there are.
 //
 //   value [B, S, M, D]   offsets [B, Q, M, L, P, 2]   logits [B, Q, M, L, P]   reference [B, Q, L, R]
 //   shapes [L, 2] (h, w)   out [B, Q, M, D]   and each gradient as what it is the gradient of. grad_value comes zeroed,
@@ -16,7 +15,7 @@
 #include "sampling.h"
 
 struct Sizes {
-    int64_t S, M, D, Q, L, P;
+    int64_t B, S, M, D, Q, L, P;
 };
 
 // Softmax over the points of one (query, head), and where each of them falls.
@@ -40,13 +39,13 @@ void prepare(Point<T> *points, const T *offsets, const T *logits, const T *refer
 
 // FIXED: D where it is known when this is compiled, so that a query's sum stays in registers; 0: any D.
 template <typename T, int R, int FIXED>
-void forward(const T *value, const T *offsets, const T *logits, const T *reference, T *out, const int64_t *shapes, Sizes n,
-             int64_t first, int64_t last) {
+void forward(const T *value, const T *offsets, const T *logits, const T *reference, T *out, const int64_t *shapes, Sizes n) {
     const int64_t K = n.L * n.P, D = FIXED ? FIXED : n.D, stride = n.M * D;
-    std::vector<Point<T>> points(K);
-    std::vector<T> any(D);
-    T fixed[FIXED + 1], *const o = FIXED ? fixed : any.data();
-    for (int64_t pair = first; pair < last; pair++) {
+#pragma omp parallel for
+    for (int64_t pair = 0; pair < n.B * n.M; pair++) {
+        std::vector<Point<T>> points(K);
+        std::vector<T> any(D);
+        T fixed[FIXED + 1], *const o = FIXED ? fixed : any.data();
         const int64_t b = pair / n.M, m = pair % n.M;
         const T *values = value + b * n.S * stride + m * D;
         for (int64_t q = 0; q < n.Q; q++) {
@@ -69,11 +68,11 @@ void forward(const T *value, const T *offsets, const T *logits, const T *referen
 
 template <typename T, int R, int FIXED>
 void backward(const T *grad_out, const T *value, const T *offsets, const T *logits, const T *reference, T *grad_value,
-              T *grad_offsets, T *grad_logits, T *grad_reference, const int64_t *shapes, Sizes n, int64_t first,
-              int64_t last) {
+              T *grad_offsets, T *grad_logits, T *grad_reference, const int64_t *shapes, Sizes n) {
     const int64_t K = n.L * n.P, D = FIXED ? FIXED : n.D, stride = n.M * D;
-    std::vector<Point<T>> points(K);
-    for (int64_t pair = first; pair < last; pair++) {
+#pragma omp parallel for
+    for (int64_t pair = 0; pair < n.B * n.M; pair++) {
+        std::vector<Point<T>> points(K);
         const int64_t b = pair / n.M, m = pair % n.M, at = b * n.S * stride + m * D;
         for (int64_t q = 0; q < n.Q; q++) {
             const int64_t row = (b * n.Q + q) * n.M + m;
@@ -117,16 +116,15 @@ void backward(const T *grad_out, const T *value, const T *offsets, const T *logi
 
 // The published models have 32 channels a head, the small ones 16.
 #define BY_CHANNELS(function, T, R) (D == 32 ? function<T, R, 32> : D == 16 ? function<T, R, 16> : function<T, R, 0>)
-#define EXPORT(T, name, R)                                                                                                \
-    extern "C" void forward_##name##_##R(const T *v, const T *x, const T *a, const T *r, T *o, const int64_t *shapes,      \
-                                         int64_t S, int64_t M, int64_t D, int64_t Q, int64_t L, int64_t P, int64_t first, \
-                                         int64_t last) {                                                                  \
-        BY_CHANNELS(forward, T, R)(v, x, a, r, o, shapes, {S, M, D, Q, L, P}, first, last);                               \
-    }                                                                                                                     \
-    extern "C" void backward_##name##_##R(const T *g, const T *v, const T *x, const T *a, const T *r, T *gv, T *gx, T *ga, \
-                                          T *gr, const int64_t *shapes, int64_t S, int64_t M, int64_t D, int64_t Q,        \
-                                          int64_t L, int64_t P, int64_t first, int64_t last) {                             \
-        BY_CHANNELS(backward, T, R)(g, v, x, a, r, gv, gx, ga, gr, shapes, {S, M, D, Q, L, P}, first, last);               \
+#define EXPORT(T, name, R)                                                                                               \
+    extern "C" void forward_##name##_##R(const T *v, const T *x, const T *a, const T *r, T *o, const int64_t *shapes,    \
+                                         int64_t B, int64_t S, int64_t M, int64_t D, int64_t Q, int64_t L, int64_t P) {  \
+        BY_CHANNELS(forward, T, R)(v, x, a, r, o, shapes, {B, S, M, D, Q, L, P});                                        \
+    }                                                                                                                    \
+    extern "C" void backward_##name##_##R(const T *g, const T *v, const T *x, const T *a, const T *r, T *gv, T *gx, T *ga,\
+                                          T *gr, const int64_t *shapes, int64_t B, int64_t S, int64_t M, int64_t D,      \
+                                          int64_t Q, int64_t L, int64_t P) {                                             \
+        BY_CHANNELS(backward, T, R)(g, v, x, a, r, gv, gx, ga, gr, shapes, {B, S, M, D, Q, L, P});                       \
     }
 EXPORT(float, float32, 2)
 EXPORT(float, float32, 4)

@@ -3,49 +3,16 @@
 Nothing depends on it: without a compiler `library` raises OSError, and op.py serves plain PyTorch with one warning.
 """
 import ctypes
-import functools
-import os
-import platform
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from msda_cuda import build
 
-HERE = Path(__file__).parent
-FLAGS = ["-O3", "-march=native", "-fopenmp-simd", "-std=c++17", "-shared", "-fPIC"]
 
-
-def compiler():
-    """The C++ compiler's path, and what it says of its version; OSError where there is none."""
-    path = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if not path:
-        raise OSError("no C++ compiler found: install g++, or set CXX to one")
-    try:
-        return path, subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise OSError(f"the C++ compiler does not run ({error}): install g++, or set CXX to one") from error
-
-
-@functools.cache
 def library():
-    """cpu.cpp's functions, compiled if the cache has them not."""
-    path, version = compiler()
-    cpu = Path("/proc/cpuinfo")
-    flags = [line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Features"))][:1] \
-        if cpu.exists() else platform.processor()                         # -march=native means these
-    source = [(HERE / name).read_text() for name in ("cpu.cpp", "sampling.h")]
-
-    def make(built):
-        try:
-            subprocess.run([path, *FLAGS, str(HERE / "cpu.cpp"), "-o", str(built)], capture_output=True, text=True,
-                           check=True)
-        except subprocess.CalledProcessError as error:
-            raise OSError(f"cpu.cpp could not be compiled ({error.stderr})") from error
-    return ctypes.CDLL(str(build.cached("msda", ".so", (source, FLAGS, version, flags), make)))
+    """cpu.cpp's functions; OSError where they cannot be compiled."""
+    return build.cpp(*(Path(__file__).with_name(name) for name in ("cpu.cpp", "sampling.h")))
 
 
 def prepare(config, device):
@@ -53,29 +20,13 @@ def prepare(config, device):
     library()
 
 
-@functools.cache
-def pool(threads):
-    return ThreadPoolExecutor(threads)
-
-
 def call(name, tensors, shapes, S, queries, D, P, R):
-    """Run a function of the library over all (image, head) pairs, in as many threads as torch uses."""
+    """Run a function of the library over all (image, head) pairs."""
     B, Q, M = queries
     function = getattr(library(), f"{name}_{str(tensors[0].dtype).removeprefix('torch.')}_{R}")
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
     levels = (ctypes.c_int64 * (2 * len(shapes)))(*(n for shape in shapes for n in shape))
-    sizes = [ctypes.c_int64(s) for s in (S, M, D, Q, len(shapes), P)]
-    pairs = B * M
-    threads = min(torch.get_num_threads(), pairs)
-    cuts = [pairs * i // max(threads, 1) for i in range(threads + 1)]
-
-    def run(first, last):
-        function(*pointers, levels, *sizes, ctypes.c_int64(first), ctypes.c_int64(last))
-
-    if threads <= 1:
-        run(0, pairs)
-    else:
-        list(pool(threads).map(run, cuts[:-1], cuts[1:]))
+    function(*pointers, levels, *(ctypes.c_int64(n) for n in (B, S, M, D, Q, len(shapes), P)))
 
 
 def widened(*tensors):

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from msda_cuda import build, cpu, cuda
+from msda_cuda import build, cuda
 
 HERE = Path(__file__).parent
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 @functools.cache
 def library(config):
     """emulate.cpp, compiled for a config; OSError without a C++ compiler."""
-    compiler, version = cpu.compiler()
+    compiler, version = build.compiler()
     source = {name: (HERE / name).read_text() for name in ("emulate.cpp", "msda.cu", "sampling.h")}
 
     def make(path):
