@@ -1,7 +1,7 @@
 // Dropout in one pass over the memory. Whether an element stays is a hash of a seed and of its place: the backward pass
 // computes it again and nothing is kept, and threads may draw in any order (counter-based random numbers; Salmon et al.
-// 2011). The rounds of both hashes are published ones: splitmix64 (Steele et al. 2014) and "low bias" of 32 bits (Wellons
-// 2018), with the second half of the key between its two rounds.
+// 2011). A block's key comes from splitmix64 (Steele et al. 2014), an element's bits from lowbias32 (Wellons 2018), with half
+// of the key added to its input and half put between its two rounds, which is of our making: see the tests.
 #include <algorithm>
 #include <cstdint>
 
@@ -14,12 +14,12 @@ inline uint64_t splitmix(uint64_t x) {
 }
 
 inline uint32_t random_bits(uint32_t x, uint32_t key) {
-    x = (x ^ (x >> 16)) * 0x21f0aaad;
-    x = (x ^ (x >> 15) ^ key) * 0x735a2d97;
-    return x ^ (x >> 15);
+    x = (x ^ (x >> 16)) * 0x7feb352d;
+    x = (x ^ (x >> 15) ^ key) * 0x846ca68b;
+    return x ^ (x >> 16);
 }
 
-// y = x * scale where 32 random bits are >= threshold and gate, unless it is null, is > 0; else 0. y may be x.
+// y = x * scale where 32 random bits are >= threshold and gate, unless it is null, is above 0 or NaN; else 0. y may be x.
 template <typename T>
 void drop(const T *x, const T *gate, T *y, int64_t n, uint64_t seed, uint32_t threshold, T scale) {
 #pragma omp parallel for if (n > 8 * BLOCK)
@@ -31,7 +31,7 @@ void drop(const T *x, const T *gate, T *y, int64_t n, uint64_t seed, uint32_t th
         if (gate) {
 #pragma omp simd
             for (uint32_t i = 0; i < size; i++)
-                out[i] = (random_bits(low + i, high) >= threshold) & (open[i] > 0) ? in[i] * scale : T(0);
+                out[i] = (random_bits(low + i, high) >= threshold) & !(open[i] <= 0) ? in[i] * scale : T(0);
         } else {
 #pragma omp simd
             for (uint32_t i = 0; i < size; i++) out[i] = random_bits(low + i, high) >= threshold ? in[i] * scale : T(0);

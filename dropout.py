@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from msda_cuda import build
 
@@ -26,23 +27,24 @@ def library():
         warnings.warn(f"dropout runs in plain PyTorch, which is slower: {error}", stacklevel=2)
 
 
-def native(module, p, x):
-    """Whether a module's dropout with probability p of x is for dropout.cpp."""
-    return module.training and 0 < p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling() and library()
+def drops_natively(module, p, x):
+    """Whether dropout.cpp serves a module that drops x with probability p."""
+    return module.training and 0 < p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling() \
+        and library() is not None
 
 
 def new_seed():
     """From torch's generator, so that `torch.manual_seed` gives the same run again."""
-    return int(torch.randint(2 ** 63 - 1, ()))
+    return int(torch.randint(2 ** 63 - 1, (), device="cpu"))
 
 
-def drop(x, p, seed, gate=None, inplace=False):
+def drop(x, p, seed, gate=None, overwrite=False):
     """x where it stays, / (1 - p), else 0: the same elements for the same seed. With `gate`, of x's shape, only where it is
-    above 0. Half precision is computed in float32."""
+    above 0. `overwrite`: x may be written to. Half precision is computed in float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x, dtype = x.to(wide).contiguous(), x.dtype
     gate = None if gate is None else gate.to(wide).contiguous()
-    y = x if inplace else torch.empty_like(x)
+    y = x if overwrite else torch.empty_like(x)
     pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (x, gate, y))
     getattr(library(), f"drop_{str(wide).removeprefix('torch.')}")(
         *pointers, ctypes.c_int64(x.numel()), ctypes.c_uint64(seed), ctypes.c_uint32(min(round(p * 2 ** 32), 2 ** 32 - 1)),
@@ -62,6 +64,7 @@ class Dropped(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return drop(grad, ctx.p, ctx.seed, gate=ctx.saved_tensors[0]), None, None
 
@@ -74,8 +77,8 @@ class Attended(torch.autograd.Function):
     """
 
     @staticmethod
-    def weights(q, k, bias):
-        """One head's attention [B, Q, S], in float32 if q is in half precision."""
+    def attention(q, k, bias):
+        """One head's softmax [B, Q, S], in float32 where the scores are in half precision."""
         scores = torch.baddbmm(bias, q, k.mT, alpha=q.shape[-1] ** -0.5)
         return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
@@ -86,25 +89,26 @@ class Attended(torch.autograd.Function):
         out = torch.empty_like(q)
         for head in range(q.shape[2]):
             q_, k_, v_ = (x[:, :, head] for x in (q, k, v))
-            weights = drop(Attended.weights(q_, k_, bias), p, ctx.seed + head, inplace=True)
+            weights = drop(Attended.attention(q_, k_, bias), p, ctx.seed + head, overwrite=True)
             out[:, :, head] = weights.to(v.dtype) @ v_
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         *qkv, bias = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in qkv]
         for head in range(grad.shape[2]):
             q, k, v, g = (x[:, :, head] for x in (*qkv, grad))
-            weights = Attended.weights(q, k, bias)
+            weights = Attended.attention(q, k, bias)
             grads[2][:, :, head] = drop(weights, ctx.p, ctx.seed + head).to(g.dtype).mT @ g
-            flow = drop((g @ v.mT).to(weights.dtype), ctx.p, ctx.seed + head, inplace=True)
+            flow = drop((g @ v.mT).to(weights.dtype), ctx.p, ctx.seed + head, overwrite=True)
             # Softmax, backwards: dL/dscore_k = a_k (dL/da_k - sum_j a_j dL/da_j).
             flow = torch.ops.aten._softmax_backward_data(flow, weights, -1, weights.dtype).to(q.dtype)
             grads[0][:, :, head] = flow @ k
             grads[1][:, :, head] = flow.mT @ q
         for of in grads[:2]:
-            of *= q.shape[-1] ** -0.5
+            of *= of.shape[-1] ** -0.5
         return *grads, None, None
 
 
@@ -114,7 +118,7 @@ class Dropout(nn.Dropout):
     def forward(self, x, relu=False):
         """x of any shape and floating dtype -> the same, relu(x) if asked for, with dropout in training. The ReLU overwrites x
         where no gradient is asked for."""
-        if native(self, self.p, x):
+        if drops_natively(self, self.p, x):
             return Dropped.apply(x, self.p, relu)
         return super().forward(F.relu(x, inplace=not x.requires_grad) if relu else x)
 
@@ -127,8 +131,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def forward(self, query, key, value, key_padding_mask=None, attn_mask=None):
         """query [B, Q, d], key and value [B, S, d] -> [B, Q, d]. key_padding_mask [B, S], attn_mask [Q, S]: bool, True =
-        not attended to."""
-        if not native(self, self.dropout, query):
+        not attended to; something must be left for each query."""
+        if not drops_natively(self, self.dropout, query):
             return super().forward(query, key, value, key_padding_mask, need_weights=False, attn_mask=attn_mask)[0]
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.num_heads, -1)) for x, w, b in zip(
             (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)))

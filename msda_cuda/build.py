@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
@@ -58,8 +59,8 @@ def compiler():
 def cpp(source, *headers):
     """The functions of a C++ file, compiled if the cache has them not; OSError where that is impossible.
 
-    `omp parallel for` runs in the threads that torch's own operators use: the OpenMP that torch loaded is found before any
-    other. Where the compiler has no OpenMP, in one thread.
+    `omp parallel for` runs in the threads of torch's own operators where both use GNU's OpenMP: the one that torch loaded is
+    found before any other. Where the compiler has no OpenMP, it runs in one thread, and a warning says so.
     """
     path, version = compiler()
     cpu = Path("/proc/cpuinfo")
@@ -73,10 +74,14 @@ def cpp(source, *headers):
         except subprocess.CalledProcessError as error:
             raise OSError(f"{Path(source).name} could not be compiled ({error.stderr})") from error
 
-    for openmp in "-fopenmp", "-fopenmp-simd":
-        try:
-            return ctypes.CDLL(str(cached(Path(source).stem, ".so", (texts, FLAGS, openmp, version, features),
-                                          functools.partial(make, openmp=openmp))))
-        except OSError as error:
-            failure = error
-    raise failure
+    def load(openmp):
+        made_of = texts, FLAGS, openmp, version, features
+        return ctypes.CDLL(str(cached(Path(source).stem, ".so", made_of, functools.partial(make, openmp=openmp))))
+
+    try:
+        return load("-fopenmp")
+    except OSError:
+        functions = load("-fopenmp-simd")
+    warnings.warn(f"{Path(source).name} runs in one thread: {path} has no OpenMP; set CXX to a compiler that has it",
+                  stacklevel=2)
+    return functions
