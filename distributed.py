@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 4 train.py ...        four processes; python train.py: one, for which all of this is free
 
 What they tell each other here is small (counts, sums, a flag, detections) and goes between CPUs, so that no GPU waits
-for it; gradients are DistributedDataParallel's. `everyone`, `gather` and `broadcast` must be called by all processes
-alike: where one does not come, the others wait for it.
+for it; gradients are DistributedDataParallel's. `everyone`, `gather`, `broadcast` and `share_buffers` must be called
+by all processes alike: where one does not come, the others wait for it.
 """
 import os
 import signal
@@ -93,6 +93,13 @@ def broadcast(thing):
     things = [thing]
     dist.broadcast_object_list(things)
     return things[0]
+
+
+def share_buffers(model):
+    """Give every process process 0's buffers: batch norm's statistics, which each takes from its own images."""
+    if world() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def catch_signals():

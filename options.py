@@ -6,6 +6,7 @@ cfg, recipe): a dict of the options outside both tables of variants.py, and the 
 import argparse
 import json
 import os
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -173,7 +174,8 @@ def check(run, recipe):
     if recipe.batch_size % distributed.world():
         raise ConfigError(f"--batch-size {recipe.batch_size} is of all processes together, and {distributed.world()} "
                           "cannot share it: choose a multiple")
-    distributed.own_device(run["device"])
+    if distributed.own_device(run["device"]).type == "cpu" and run["amp"] == "fp16":
+        warnings.warn("--amp fp16 on a CPU is very slow: --amp bf16 or none is faster", stacklevel=2)
 
 
 def resumed(given):

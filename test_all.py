@@ -3049,7 +3049,7 @@ def test_train_wrong_commands_are_one_clear_line():
                            (["--data", folder + "/none"], "not a folder"), (["--data-root", folder], "--data coco"),
                            (["--overfit", "-1"], "at least 0"), (["--workers", "-1"], "at least 0"),
                            (["--save-steps", "0"], "at least 1"), (["--lr", "-1"], "at least 0"),
-                           (["--steps", "-5"], "at least 0"), (["--dropout", "2"], "at most 1"), (["--ema", "1"], "below 1"),
+                           (["--steps", "-5"], "at least 0"), (["--dropout", "1"], "below 1"), (["--ema", "1"], "below 1"),
                            (["--content", "zero"], "content"), (["--class-loss", "ce"], "focal"),
                            (["--device", "nonsense"], "leave --device away"), (["--num-classes", "3"], "unrecognized"),
                            (["--queries", "5", "--num-queries", "6"], "give one"),
@@ -3412,6 +3412,11 @@ def one_of_two(rank, port):
     _, cfg, recipe = options.settle({"variant": "detr"})
     run = dict(data="toy", data_root=None, overfit=0, workers=0, save_steps=1, keep_every=0, device="cpu")
     assert "choose a multiple" in error_of(options.check, run, recipe.but(batch_size=5), kind=variants.ConfigError)
+    norm = nn.BatchNorm1d(3)
+    norm.train()(torch.randn(8, 3, generator=torch.Generator().manual_seed(rank)))
+    assert (lambda means: not torch.equal(*means))(torch.tensor(distributed.everyone(norm.running_mean.tolist())).chunk(2))
+    distributed.share_buffers(norm)
+    assert torch.equal(*torch.tensor(distributed.everyone(norm.running_mean.tolist())).chunk(2))
     shared, _ = evaluation.evaluate(_doubtful(_toy(7)), _toy(7), batch_size=2, progress=False)
     distributed.stop()
     assert shared == evaluation.evaluate(_doubtful(_toy(7)), _toy(7), progress=False)[0]
@@ -3452,6 +3457,19 @@ def test_distributed_torchrun_trains_scores_and_resumes():
         tests = [line for line in map(json.loads, open(out + "/log.jsonl")) if "AP" in line]
         assert [line["step"] for line in tests] == [2, 3]
         assert weights.read_checkpoint(out + "/last.pth")["step"] == 3
+
+
+def test_distributed_orphans_keep_their_folder():
+    """Processes that outlive their torchrun go on writing: nobody else may, until they end."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = "import sys, weights; kept = weights.claim(sys.argv[1]); print('claimed', flush=True); sys.stdin.read()"
+        with subprocess.Popen([sys.executable, "-c", program, folder], cwd=HERE, text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as orphan:
+            assert orphan.stdout.readline() == "claimed\n"
+            code, said = run_quietly(["--variant", "dino", "--out", folder, *TINY_RUN])
+            assert code == 2 and "another process is writing this run" in said, said
+            orphan.kill()
+        weights.claim(folder).close()
 
 
 def test_distributed_photo_that_fails_in_the_second_process():

@@ -148,8 +148,10 @@ def train(run, cfg, recipe, checkpoint=None):
             average.load_state_dict(checkpoint["average"])
         step, best, tested = checkpoint["step"], checkpoint["best"], checkpoint["tested"]
     if first:
-        out.mkdir(parents=True, exist_ok=True)
+        claim = weights.claim(out)                                       # held until this function returns
         options.describe(run, cfg, recipe, model, train_set, val_set, per_epoch, total, out)
+        if checkpoint:
+            print(f"resumed after step {step:,}")
         log = open_log(out / "log.jsonl", step)
 
     def save(name, whole=True):
@@ -173,6 +175,7 @@ def train(run, cfg, recipe, checkpoint=None):
         nonlocal best, tested
         save("last.pth")                                             # an evaluation may take long, or fail
         started, model_now, limit = time.time(), average.module if average else model, run["overfit"] or None
+        distributed.share_buffers(model_now)                         # evaluation is shared, and process 0's are saved
         with autocast():
             metrics, _ = evaluation.evaluate(model_now, val_set, batch_size=recipe.micro_batch, device=device,
                                              workers=run["workers"], limit=limit, progress=first)

@@ -120,7 +120,8 @@ class Config:
                  "weight_giou", "weight_class_dn", "cost_class", "no_object", "giou_eps")
         wrong = [
             *((getattr(self, name) > 1, f"{name}={getattr(self, name)}: it must be at most 1")
-              for name in ("dropout", "label_noise", "eta")),
+              for name in ("label_noise", "eta")),
+            (self.dropout >= 1, f"dropout={self.dropout}: it must be below 1"),
             (self.d_model % (4 if self.attention == "dense" else 32) or self.d_model % self.heads,
              f"d_model={self.d_model}: it must be divisible by heads={self.heads}, by 4 for the sine encoding and, "
              "with deformable attention, by 32 for the neck's GroupNorm"),
@@ -191,7 +192,7 @@ class Recipe:
     lr_backbone: float = option(1e-5, "learning rate of the backbone")
     lr_points: float = option(1.0, "factor on the rate of sampling_offsets and reference_points (Deformable: 0.1)")
     lr_drop: float = option(0.8, "multiply the rate by 0.1 after this share of the run")
-    warmup: int = option(0, "steps in which the rate rises from 0")
+    warmup: int = option(0, "steps in which the rate rises from 0, a tenth of the run at most")
     weight_decay: float = option(1e-4, "AdamW's decay")
     decay_norms: bool = option(True, "apply the decay to normalisation layers too")
     clip_norm: float = option(0.1, "clip the gradient's norm (0: do not)")

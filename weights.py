@@ -425,3 +425,21 @@ def check_folder(folder):
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise WeightsError(f"{folder}: a run cannot be written there ({there} is "
                            f"{'read-only' if there.is_dir() else 'not a folder'}): choose another --out")
+
+
+def claim(folder):
+    """Make a run's folder this process's own while it lives, however it ends; WeightsError if another process has it.
+
+    Returns the file that holds the claim; it must stay open. A record lock, which forked workers do not inherit.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / ".lock", "w")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise WeightsError(f"{folder}: another process is writing this run: stop it first (when torchrun is killed with -9, "
+                           "its processes go on)") from None
+    except (ImportError, OSError):                               # on Windows, and on file systems that have no locks
+        pass
+    return file
