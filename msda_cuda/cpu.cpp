@@ -1,27 +1,22 @@
-// Multi-scale deformable attention on a CPU, forward and backward: Zhu et al. 2021, Eq. 3, one point at a time, from the
-// layer's raw offsets and attention logits to its output, with the arithmetic that the CUDA kernel has (sampling.h).
-//
-// Compiled by build.py at first use. Threads share out the (image, head) pairs, which write to disjoint memory: the result
-// does not depend on how many there are.
-//
-//   value [B, S, M, D]   offsets [B, Q, M, L, P, 2]   logits [B, Q, M, L, P]   reference [B, Q, L, R]
-//   shapes [L, 2] (h, w)   out [B, Q, M, D]   and each gradient as what it is the gradient of. grad_value comes zeroed,
-//   and so does grad_reference [B, M, Q, L, R], one for each head, unless it is null
+// Multi-scale deformable attention on a CPU, point by point, with msda.cu's arithmetic. Compiled by
+// cpu.py at first use. Threads share out the (image, head) pairs, which write to disjoint memory:
+// the result does not depend on how many there are.
+// All is laid out as in msda.cu, but for shapes, [L, 2], and grad_reference (or null), of each head
+// its own: [B, M, Q, L, R]. It and grad_value come zeroed.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#define __device__  // which sampling.h has for CUDA
 #include "sampling.h"
 
-struct Sizes {
-    int64_t B, S, M, D, Q, L, P;
-};
+struct Sizes { int64_t B, S, M, D, Q, L, P; };
 
 // Softmax over the points of one (query, head), and where each of them falls.
 template <typename T, int R>
-void prepare(Point<T> *points, const T *offsets, const T *logits, const T *reference, const int64_t *shapes,
-             const Sizes &n) {
+void prepare(Point<T> *points, const T *offsets, const T *logits, const T *reference,
+             const int64_t *shapes, const Sizes &n) {
     const T top = *std::max_element(logits, logits + n.L * n.P);
     T total = 0;
     for (int64_t k = 0; k < n.L * n.P; k++) total += points[k].weight = std::exp(logits[k] - top);
@@ -37,38 +32,41 @@ void prepare(Point<T> *points, const T *offsets, const T *logits, const T *refer
     }
 }
 
-// FIXED: D where it is known when this is compiled, so that a query's sum stays in registers; 0: any D.
+// FIXED: D where it is known when this is compiled, so that a query's sum stays in registers, or 0.
 template <typename T, int R, int FIXED>
-void forward(const T *value, const T *offsets, const T *logits, const T *reference, T *out, const int64_t *shapes, Sizes n) {
+void forward(T **a, const int64_t *shapes, Sizes n) {
+    const T *value = a[0], *offsets = a[1], *logits = a[2], *reference = a[3];
+    T *out = a[4];
     const int64_t K = n.L * n.P, D = FIXED ? FIXED : n.D, stride = n.M * D;
 #pragma omp parallel for
     for (int64_t pair = 0; pair < n.B * n.M; pair++) {
         std::vector<Point<T>> points(K);
-        std::vector<T> any(D);
-        T fixed[FIXED + 1], *const o = FIXED ? fixed : any.data();
         const int64_t b = pair / n.M, m = pair % n.M;
         const T *values = value + b * n.S * stride + m * D;
         for (int64_t q = 0; q < n.Q; q++) {
             const int64_t row = (b * n.Q + q) * n.M + m;
             const T *box = reference + (b * n.Q + q) * n.L * R;
             prepare<T, R>(points.data(), offsets + row * K * 2, logits + row * K, box, shapes, n);
+            T fixed[FIXED + 1], *const o = FIXED ? fixed : out + row * D;
             std::fill(o, o + D, T(0));
             for (int64_t k = 0; k < K; k++) {
                 const Point<T> &p = points[k];
                 for (int c = 0; c < 4; c++) {
                     if (!p.has(c)) continue;
-                    const T *v = values + p.token(c, shapes[2 * (k / n.P) + 1]) * stride, scale = p.weight * p.bilinear(c);
+                    const T *v = values + p.token(c, shapes[2 * (k / n.P) + 1]) * stride;
+                    const T scale = p.weight * p.bilinear(c);
                     for (int64_t d = 0; d < D; d++) o[d] += scale * v[d];
                 }
             }
-            std::copy(o, o + D, out + row * D);
+            if (FIXED) std::copy(o, o + D, out + row * D);
         }
     }
 }
 
 template <typename T, int R, int FIXED>
-void backward(const T *grad_out, const T *value, const T *offsets, const T *logits, const T *reference, T *grad_value,
-              T *grad_offsets, T *grad_logits, T *grad_reference, const int64_t *shapes, Sizes n) {
+void backward(T **a, const int64_t *shapes, Sizes n) {
+    const T *value = a[0], *offsets = a[1], *logits = a[2], *reference = a[3], *grad_out = a[4];
+    T *grad_value = a[5], *grad_offsets = a[6], *grad_logits = a[7], *grad_reference = a[8];
     const int64_t K = n.L * n.P, D = FIXED ? FIXED : n.D, stride = n.M * D;
 #pragma omp parallel for
     for (int64_t pair = 0; pair < n.B * n.M; pair++) {
@@ -78,7 +76,7 @@ void backward(const T *grad_out, const T *value, const T *offsets, const T *logi
             const int64_t row = (b * n.Q + q) * n.M + m;
             const T *box = reference + (b * n.Q + q) * n.L * R, *g = grad_out + row * D;
             prepare<T, R>(points.data(), offsets + row * K * 2, logits + row * K, box, shapes, n);
-            T mean = 0;
+            T mean = 0, *const of_logit = grad_logits + row * K;
             for (int64_t k = 0; k < K; k++) {
                 const Point<T> &p = points[k];
                 const int64_t l = k / n.P;
@@ -99,34 +97,28 @@ void backward(const T *grad_out, const T *value, const T *offsets, const T *logi
                     const int size = shapes[2 * l + 1 - axis];
                     const T grad_pixel = (axis ? flow.y : flow.x) * p.weight;
                     const int64_t i = (row * K + k) * 2 + axis;
-                    grad_offsets[i] = flow_to_offset<T, R>(grad_pixel, box + l * R, axis, size, n.P);
-                    if (grad_reference) {
-                        T *to = grad_reference + ((pair * n.Q + q) * n.L + l) * R;
-                        flow_to_reference<T, R>(grad_pixel, offsets[i], axis, size, n.P, [&](int of, T x) { to[of] += x; });
-                    }
+                    const T *from = box + l * R;
+                    grad_offsets[i] = flow_to_offset<T, R>(grad_pixel, from, axis, size, n.P);
+                    if (!grad_reference) continue;
+                    T *to = grad_reference + ((pair * n.Q + q) * n.L + l) * R;
+                    flow_to_reference<T, R>(grad_pixel, offsets[i], axis, size, n.P,
+                                            [&](int of, T x) { to[of] += x; });
                 }
-                grad_logits[row * K + k] = flow.weight;
+                of_logit[k] = flow.weight;
                 mean += p.weight * flow.weight;
             }
             // Softmax, backwards: dL/dlogit_k = a_k (dL/da_k - sum_j a_j dL/da_j).
-            for (int64_t k = 0; k < K; k++) grad_logits[row * K + k] = points[k].weight * (grad_logits[row * K + k] - mean);
+            for (int64_t k = 0; k < K; k++) of_logit[k] = points[k].weight * (of_logit[k] - mean);
         }
     }
 }
 
 // The published models have 32 channels a head, the small ones 16.
-#define BY_CHANNELS(function, T, R) (D == 32 ? function<T, R, 32> : D == 16 ? function<T, R, 16> : function<T, R, 0>)
-#define EXPORT(T, name, R)                                                                                               \
-    extern "C" void forward_##name##_##R(const T *v, const T *x, const T *a, const T *r, T *o, const int64_t *shapes,    \
-                                         int64_t B, int64_t S, int64_t M, int64_t D, int64_t Q, int64_t L, int64_t P) {  \
-        BY_CHANNELS(forward, T, R)(v, x, a, r, o, shapes, {B, S, M, D, Q, L, P});                                        \
-    }                                                                                                                    \
-    extern "C" void backward_##name##_##R(const T *g, const T *v, const T *x, const T *a, const T *r, T *gv, T *gx, T *ga,\
-                                          T *gr, const int64_t *shapes, int64_t B, int64_t S, int64_t M, int64_t D,      \
-                                          int64_t Q, int64_t L, int64_t P) {                                             \
-        BY_CHANNELS(backward, T, R)(g, v, x, a, r, gv, gx, ga, gr, shapes, {B, S, M, D, Q, L, P});                       \
+#define EXPORT(name, T, R) \
+    extern "C" void name##_##T##_##R(T **a, const int64_t *shapes, const Sizes &n) { \
+        (n.D == 32 ? name<T, R, 32> : n.D == 16 ? name<T, R, 16> : name<T, R, 0>)(a, shapes, n); \
     }
-EXPORT(float, float32, 2)
-EXPORT(float, float32, 4)
-EXPORT(double, float64, 2)
-EXPORT(double, float64, 4)
+EXPORT(forward, float, 2) EXPORT(forward, float, 4)
+EXPORT(forward, double, 2) EXPORT(forward, double, 4)
+EXPORT(backward, float, 2) EXPORT(backward, float, 4)
+EXPORT(backward, double, 2) EXPORT(backward, double, 4)
