@@ -1,263 +1,396 @@
-"""From a trained model to scores, boxes and pictures.
+"""From a trained model to scores, boxes and images with boxes drawn on them.
 
-    python eval.py --weights best.pth --data coco --data-root ...      COCO's twelve numbers, and results.json
-    python eval.py --weights best.pth --images cat.jpg holiday/        pictures with boxes, and predictions.json
-    python eval.py --compare out/dn-toy out/dino-toy                   runs' curves together, also while they train
-    python eval.py --weights diffu.pth --images cat.jpg --trajectory   and how DiffuDETR got there, from noise on
-
-In reading order: `postprocess` (the heads' outputs become boxes in pixels: DETR, Deformable DETR and DiffuDETR),
-`evaluate` (COCO metrics), `predict` (any photos), `picture_grid` (truth beside predictions), command line.
+    python eval.py --weights best.pth --data coco --data-root ...     COCO's numbers, results.json
+    python eval.py --weights best.pth --images cat.jpg holiday/       boxes drawn, predictions.json
+    python eval.py --weights diffu.pth --images cat.jpg --trajectory  and the way there from noise
+    python eval.py --compare out/dn-toy out/dino-toy                  runs' curves, while they train
 """
+import argparse
 import contextlib
+import io
 import json
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torchvision.ops import batched_nms, box_convert
 from tqdm import tqdm
 
 import data
-import distributed
 import diffusion
-import options
-import pictures
+import runs
 import variants
 import weights
-from scores import coco_metrics
 
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+METRICS = "AP AP50 AP75 AP_S AP_M AP_L AR1 AR10 AR100 AR_S AR_M AR_L".split()
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+COLOURS = [f"hsv({222.5 * i % 360:.0f}, 70%, 100%)" for i in range(1000)]  # neighbours differ
 
 
-# ==================================================================================== from the heads to boxes in pixels
+# ========================================================================================= scores
 
 def postprocess(outputs, sizes, cfg):
-    """What the model says about B images -> a list of B dicts, each sorted by score, best first.
-
-    outputs: the model's dict; read is the last layer of "logits" [L,B,Q,C] and "boxes" [L,B,Q,4] (cx, cy, w, h in 0..1)
-    or, where a diffusion model gives them, its "evaluations". sizes: [B,2], height and width of the original photos in
-    pixels. cfg: its class_loss, detections and ensemble_nms are read.
-    Each dict: "scores" [K] in 0..1, "labels" [K], "boxes" [K,4] as x0, y0, x1, y1 in pixels, in the outputs' dtype.
-
-    "ce" (DETR): one detection per query, its best class; the last class is "no object" and never wins. Otherwise
-    (Deformable DETR and after) the best of all query-class pairs, so one query may answer twice. Neither clips.
-    Diffusion (DiffuDETR's released code): every evaluation's answer, NMS per class over all, the best of it; clipped.
-    """
-    sampled = "evaluations" in outputs
-    if sampled:
-        answers = outputs["evaluations"]
+    """What the model says about B images of sizes [B,2] (height, width in pixels) -> a list of B
+    dicts: "scores" [K] in 0..1, best first, "labels" [K] and "boxes" [K,4] (x0, y0, x1, y1 in the
+    images' pixels). DETR ("ce"): one detection per query, its best class but the last, "no object".
+    Deformable DETR and after: the best query-class pairs. Diffusion (DiffuDETR's code): the best of
+    all sampling steps after NMS per class, clipped."""
+    logits, boxes = outputs["logits"][-1], outputs["boxes"][-1]
+    if "sampled" in outputs:
+        answers = outputs["sampled"]
     elif cfg.class_loss == "ce":
-        scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)                     # [B,Q]
-        scores, query = scores.sort(dim=-1, descending=True, stable=True)
-        scores, query = scores[..., :cfg.detections], query[..., :cfg.detections]
-        answers = [{"scores": scores, "labels": labels.gather(-1, query),
-                    "boxes": outputs["boxes"][-1].gather(1, query[..., None].expand(-1, -1, 4))}]
+        scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # [B,Q]
+        scores, query = scores.topk(min(cfg.detections, scores.shape[1]))
+        answers = [{"scores": scores, "labels": labels.gather(1, query),
+                    "boxes": boxes.gather(1, query[..., None].expand(-1, -1, 4))}]
     else:
-        answers = [diffusion.best_pairs(outputs["logits"][-1], outputs["boxes"][-1], cfg.detections)]
-    scores, labels, boxes = (torch.cat([answer[key] for answer in answers], 1) for key in ("scores", "labels", "boxes"))
-    limits = sizes.to(boxes).flip(-1).repeat(1, 2)                                               # [B,4]: w, h, w, h
-    boxes = box_convert(boxes, "cxcywh", "xyxy") * limits[:, None]                               # [B,K,4], K of all S
+        answers = [diffusion.best_pairs(logits, boxes, cfg.detections)]
+    scores, labels, boxes = (torch.cat([answer[key] for answer in answers], 1)
+                             for key in ("scores", "labels", "boxes"))
+    limits = sizes.to(boxes).flip(-1).repeat(1, 2)  # [B,4]: w, h, w, h
+    boxes = box_convert(boxes, "cxcywh", "xyxy") * limits[:, None]  # [B,K,4], K of all steps
     found = []
     for s, c, b, limit in zip(scores, labels, boxes, limits):
         if len(answers) > 1:
-            # batched_nms shifts boxes by label * size: a hundredth of a pixel is lost in float32, none in float64.
+            # batched_nms shifts boxes by label * size: that costs float32 a hundredth of a pixel.
             keep = batched_nms(b.double(), s.double(), c, cfg.ensemble_nms)[:cfg.detections]
             s, c, b = s[keep], c[keep], b[keep]
-        found.append(dict(scores=s, labels=c, boxes=b.clamp(min=0).minimum(limit) if sampled else b))
+        b = b.clamp(min=0).minimum(limit) if "sampled" in outputs else b
+        found.append({"scores": s, "labels": c, "boxes": b})
     return found
 
 
-@contextlib.contextmanager
-def answering(model):
-    """Eval mode and no gradients, then each module as it was (some may be frozen). Yields the model's device."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():        # not inference_mode: what a model caches in there could not be trained with later
-            yield next(model.eval().parameters()).device
-    finally:
-        for module, mode in modes:
-            module.training = mode
+@torch.no_grad()  # not inference_mode: what a model caches could not be trained with
+def answer(model, images, mask, sizes, watch=None):
+    """`postprocess` of a batch; the model is left in eval mode."""
+    device = next(model.eval().parameters()).device
+    outputs = model(images.to(device, non_blocking=True), mask.to(device), watch=watch)
+    return postprocess(outputs, sizes, model.cfg)
 
 
-# ====================================================================================================== COCO metrics
+def category_curves(image_ids, category, truth, detections):
+    """pycocotools' precision [T,R,1,A,M] and recall [T,1,A,M] of one category's records."""
+    sides = COCO(), COCO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        for side, records in zip(sides, (truth, detections)):
+            records = [{"area": record["bbox"][2] * record["bbox"][3]} | record | {"id": n}
+                       for n, record in enumerate(records, 1)]  # id 0 means "no match"
+            side.dataset = {"images": [], "categories": [], "annotations": records}
+            side.createIndex()
+        scorer = COCOeval(*sides, "bbox")
+        scorer.params.imgIds, scorer.params.catIds = list(image_ids), [category]
+        scorer.evaluate()
+        scorer.accumulate()
+    return scorer.eval["precision"], scorer.eval["recall"]
 
-def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, progress=True, table=False):
-    """Run the model over a data set of data.py -> (metrics, detections).
 
-    metrics: dict of the twelve names in scores.METRICS, 0..1; -1 where there is nothing to find (no small objects, say).
-    detections: COCO's results format, [{image_id, category_id, bbox [x, y, w, h] in pixels, score}].
-    device: where the images go; by default the model's. limit: only the first so many images are run and scored.
-    table: print pycocotools' twelve lines. Of several processes each takes its share of the images; all get the metrics,
-    and process 0 all the detections.
-    """
+def coco_metrics(truth, detections, image_ids, table=False):
+    """pycocotools' scores -> dict of METRICS, 0..1; -1 where there is nothing to find. truth: as in
+    COCO's file. detections: its results format. image_ids: those that count. table: print it."""
+    categories = sorted(category["id"] for category in truth["categories"])
+    sides = [{category: [] for category in categories} for _ in range(2)]
+    for side, records in zip(sides, (truth["annotations"], detections)):
+        for record in records:
+            side[record["category_id"]].append(record)
+    jobs = categories, *(side.values() for side in sides)
+    with ProcessPoolExecutor(min(os.cpu_count(), 4)) as pool:  # starts none until it is used
+        spread = pool.map if len(detections) > 100_000 else map  # all of COCO takes minutes
+        precision, recall = zip(*spread(partial(category_curves, image_ids), *jobs))
+    scorer = COCOeval(iouType="bbox")
+    scorer.eval = {"precision": np.concatenate(precision, 2), "recall": np.concatenate(recall, 1)}
+    with contextlib.nullcontext() if table else contextlib.redirect_stdout(io.StringIO()):
+        scorer.summarize()
+    return dict(zip(METRICS, scorer.stats.tolist()))
+
+
+def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, progress=True,
+             table=False):
+    """Run the model over a data set of data.py, or its first `limit` images -> (metrics,
+    detections) as in `coco_metrics`. Processes share the images; all get the answer."""
     image_ids = list(dataset.image_ids)[:limit]
-    mine = range(distributed.rank(), len(image_ids), distributed.world())
+    mine = range(runs.rank(), len(image_ids), runs.world())
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    detections = []
-    # A head may have labels that the data set has no category for (11 of COCO's 91): their detections are dropped.
+    # A head may have labels that the data set has no category for (11 of COCO's 91): dropped.
     exists = {key for key, name in zip(dataset.category_ids, dataset.classes) if name != "N/A"}
-    with answering(model) as home:
-        device = device or home
-        for images, mask, targets in tqdm(data.loader(dataset, batches, workers, device), "evaluating", len(batches),
-                                          leave=False, disable=None if progress else True):  # None: no bar in log files
-            sizes = torch.stack([target["orig_size"] for target in targets])
-            found = postprocess(model(images.to(device, non_blocking=True), mask.to(device)), sizes, model.cfg)
-            for target, image in zip(targets, found):
-                image["boxes"] = box_convert(image["boxes"], "xyxy", "xywh")
-                for score, label, box in zip(*(image[key].tolist() for key in ("scores", "labels", "boxes"))):
-                    key = dataset.category_ids[label]
-                    if key in exists:
-                        detections.append(dict(image_id=target["image_id"], category_id=key, bbox=box, score=score))
-    if distributed.rank():
-        distributed.gather(detections)
-        return distributed.broadcast(None), []
-    detections = sum(distributed.gather(detections), [])
-    return distributed.broadcast(coco_metrics(dataset.ground_truth(), detections, image_ids, table)), detections
+    detections = []
+    loader = data.loader(dataset, batches, workers, device or next(model.parameters()).device)
+    for images, mask, targets in tqdm(loader, "evaluating", len(batches), leave=False,
+                                      disable=None if progress else True):  # None: not in log files
+        sizes = torch.stack([target["orig_size"] for target in targets])
+        for target, found in zip(targets, answer(model, images, mask, sizes)):
+            found["boxes"] = box_convert(found["boxes"], "xyxy", "xywh")
+            for score, label, box in zip(*(x.tolist() for x in found.values())):
+                if (key := dataset.category_ids[label]) in exists:
+                    detections.append({"image_id": target["image_id"], "category_id": key,
+                                       "bbox": box, "score": score})
+    detections = sum(runs.gather(detections), [])
+    metrics = None
+    if runs.rank() == 0:
+        metrics = coco_metrics(dataset.ground_truth(), detections, image_ids, table)
+    return runs.broadcast(metrics), detections
 
 
 def same_names(dataset, classes, source):
-    """Raise DataError if a category of the data set has another name in `classes` (by label), which `source` brought."""
+    """DataError if a category of the data set has another name in `classes`, which `source` has."""
     for category, theirs, ours in zip(dataset.category_ids, dataset.classes, classes):
-        if theirs not in ("N/A", ours):                  # the same ids may mean other things
-            raise data.DataError(f"category {category} is {theirs!r} in this data, {ours!r} in {source}: give data and "
-                                 "weights with the same categories (predicting with --images needs no categories)")
+        if theirs not in ("N/A", ours):  # the same ids may mean other things
+            raise data.DataError(f"category {category} is {theirs!r} in this data, {ours!r} in "
+                                 f"{source}: give data and weights with the same categories")
 
 
-# ================================================================================================ photos and pictures
+# ============================================================= images with boxes drawn, and curves
 
 def detect(model, image, size, score, watch=None):
-    """Objects in one image [3,H,W] of at least `score` -> postprocess' dict, as lists; size: the photo's (w, h)."""
-    with answering(model) as device:
-        images = image[None].to(device)
-        outputs = model(images, torch.zeros_like(images[:, 0], dtype=torch.bool), watch=watch)
-        found = postprocess(outputs, torch.tensor([size[::-1]]), model.cfg)[0]
+    """Objects in an image [3,H,W] from `score` on: postprocess' dict as lists. size: (w, h)."""
+    mask = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
+    (found,) = answer(model, image[None], mask, torch.tensor([size[::-1]]), watch)
     return {key: value[found["scores"] >= score].tolist() for key, value in found.items()}
 
 
-def predict(model, meta, paths, score=0.5, transform=None, folder=None, trajectory=False):
-    """Find objects in photos, one by one -> a list with one dict per path.
-
-    Each is {"file", "detections": [{"label", "category_id", "score", "bbox" [x, y, w, h] in pixels}]}, best first, from
-    `score` on; or {"file", "error"} for a photo that cannot be read: the others are still done. transform:
-    `data.eval_transform` of another size than the checkpoint's. folder: where to write each photo with its boxes drawn;
-    trajectory: and, for a diffusion model, its boxes at every evaluation, as a strip (.png) and an animation (.webp).
-    """
-    transform = transform or data.eval_transform(meta["recipe"]["image_size"], meta["recipe"]["max_size"])
-    classes, results, taken = meta["classes"], [], set()
-    for path in map(Path, tqdm(paths, desc="predicting", leave=False, disable=None)):
-        results.append(result := dict(file=str(path)))
+def predict(model, meta, images, transform, folder, score=0.5, trajectory=False):
+    """Find objects in image files, or all in folders -> a list of dicts, one per file: {"file",
+    "detections": [{"label", "category_id", "score", "bbox" [x, y, w, h] in pixels}], best first,
+    "picture"}, or {"file", "error"}; in `folder` predictions.json and what is drawn."""
+    paths, results, taken, classes = [], [], set(), meta["classes"]
+    for path in map(Path, images):
+        if not path.exists():
+            raise data.DataError(f"--images {path}: there is no such file or folder")
+        paths += [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_ENDINGS
+                  and not p.name.startswith("._")] if path.is_dir() else [path]  # macOS' own
+    if folder.resolve() in (path.resolve().parent for path in paths):
+        raise data.DataError(f"--out {folder} holds images of --images: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(paths, "predicting", leave=False, disable=None):
+        results.append(result := {"file": str(path)})
         try:
-            photo = data.read_photo(path)
+            image = data.read_image(path)
         except data.DataError as error:
             result["error"] = str(error)
+            tqdm.write(f"error: {error}", file=sys.stderr)
             continue
-        image, _, _ = transform(photo, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None)
-        steps = []
-        found = detect(model, data.normalised(data.to_bytes(image)), photo.size, score,
-                       steps.append if trajectory else None)
+        resized, _, _ = transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None)
+        steps, pixels = [], data.normalised(data.to_bytes(resized))
+        found = detect(model, pixels, image.size, score, steps.append if trajectory else None)
         result["detections"] = [
-            dict(label=classes[c], category_id=meta["category_ids"][c], score=s, bbox=[x0, y0, x1 - x0, y1 - y0])
-            for s, c, (x0, y0, x1, y1) in zip(*found.values())]
-        if folder is not None:
-            name = path.stem
-            while name in taken:                                                                    # a/1.jpg and b/1.jpg
-                name += f"-{len(results)}"
-            taken.add(name)
-            result["picture"] = str(Path(folder) / f"{name}.jpg")
-            drawn = pictures.draw(photo, found["boxes"], found["labels"], classes, found["scores"])
-            drawn.save(result["picture"], quality=92)
-            if trajectory:
-                steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
-                steps = [{k: v if k == "t" else v[0].cpu() for k, v in step.items()} for step in steps]         # of image 0
-                pictures.strip(photo, steps, drawn).save(Path(folder) / f"{name}-trajectory.png")
-                pictures.film(photo, steps, drawn, Path(folder) / f"{name}-trajectory.webp")
+            {"label": classes[c], "category_id": meta["category_ids"][c], "score": s,
+             "bbox": [x0, y0, x1 - x0, y1 - y0]} for s, c, (x0, y0, x1, y1) in zip(*found.values())]
+        name = path.stem
+        while name in taken:  # a/1.jpg and b/1.jpg
+            name += f"-{len(results)}"
+        taken.add(name)
+        result["picture"] = str(folder / f"{name}.jpg")
+        drawn = draw(image, classes, **found)
+        drawn.save(result["picture"], quality=92)
+        if trajectory:
+            steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
+            draw_trajectory(image, steps, drawn, folder / f"{name}-trajectory")
+    (folder / "predictions.json").write_text(json.dumps(results, indent=1))
     return results
 
 
 def picture_grid(model, dataset, path, count=8, score=0.5, limit=None):
-    """Write one picture: `count` of the data set's photos (of the first `limit`), truth beside predictions from `score` on."""
-    drawn = []
-    chosen = np.unique(np.linspace(0, min(limit or len(dataset), len(dataset)) - 1, count).round()).astype(int).tolist()
-    for (image,), _, (target,) in data.loader(dataset, [[i] for i in chosen]):
-        photo = data.to_pil(image)
-        photo.thumbnail((640, 640))
-        found = {key: value[:20] for key, value in detect(model, image, photo.size, score).items()}    # the best ones
-        truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(photo.size * 2)
-        drawn += [pictures.draw(photo, truth.tolist(), target["labels"].tolist(), dataset.classes),
-                  pictures.draw(photo, found["boxes"], found["labels"], dataset.classes, found["scores"])]
-    pictures.sheet(drawn, ("ground truth", f"prediction (score {score:g} or more)") * 2).save(path)
+    """Write one sheet: the first `count` images (`limit` at most), truth beside predictions."""
+    panels, classes, count = [], dataset.classes, min(count, limit or count, len(dataset))
+    for (pixels,), _, (target,) in data.loader(dataset, [[i] for i in range(count)]):
+        image = data.to_pil(pixels)
+        image.thumbnail((640, 640))
+        truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.size * 2)
+        panels.append(("ground truth", draw(image, classes, truth, target["labels"].tolist())))
+        found = detect(model, pixels, image.size, score)
+        panels.append((f"score {score:g} or more", draw(image, classes, **found)))
+    sheet(panels, 4).save(path)
 
 
-# ======================================================================================================== command line
+def draw(image, classes, boxes, labels, scores=None):
+    """A copy of a PIL image, enlarged if small, with boxes [K, 4] (x0, y0, x1, y1 in its pixels)
+    and their names and scores. (torchvision's draw_bounding_boxes needs a file of a font.)"""
+    zoom = max(1, round(480 / max(image.size)))
+    image = ImageOps.scale(image.convert("RGB"), zoom)
+    (width, height), longest, pen = image.size, max(image.size), ImageDraw.Draw(image)
+    line, font = max(3, longest // 250), ImageFont.load_default(max(13, longest / 45))
+    boxes = [np.clip(np.multiply(box, zoom), 0, (width - 1, height - 1) * 2) for box in boxes]
+    for box, label in zip(boxes, labels):
+        pen.rectangle([*box], outline=COLOURS[label % 1000], width=line)
+    for n in reversed(range(len(boxes))):  # names on top of all boxes, the best name last
+        (x0, y0, _, _), colour = boxes[n], COLOURS[labels[n] % 1000]
+        text = classes[labels[n]] + ("" if scores is None else f" {scores[n]:.2f}")
+        w, h = pen.textlength(text, font) + 6, font.size * 1.3
+        x, y = max(min(x0, width - w), 0), max(y0 - h, 0)  # above the box, but inside the image
+        pen.rectangle((x, y, x + w, y + h), fill=colour)
+        pen.text((x + 3, y + h / 2), text, "black", font, anchor="lm")
+    return image
+
+
+def draw_trajectory(image, steps, detections, path):
+    """From noise to detections (an image), as `watch` saw the steps: path.png, side by side, and
+    path.webp, a film. A query that starts again from noise, or is no detection, is thin."""
+    image, last = (ImageOps.contain(x, (480, 480)) for x in (image, detections))
+    panels, size = [], torch.tensor(image.size * 2)
+    for n, step in enumerate(steps, 1):
+        title = f"step {n}, t = {step['t']}: {step['keep'].sum()} of {step['keep'].numel()} kept"
+        for part in np.linspace(0, 1, 8):  # of the way from the references to the answers
+            boxes = torch.lerp(step["references"][0].double(), step["boxes"][0].double(), part)
+            boxes = box_convert(boxes, "cxcywh", "xyxy").cpu().clamp(0, 1) * size
+            pen = ImageDraw.Draw(panel := image.copy())
+            for query, (kept, box) in enumerate(zip(step["keep"][0].tolist(), boxes.tolist())):
+                pen.rectangle(box, outline=COLOURS[query % 1000], width=3 if kept else 1)
+            panels.append((title, panel))
+    panels = [(f"noise, t = {steps[0]['t']}", panels[0][1]), *panels[1:], ("detections", last)]
+    sheet(panels[:1] + panels[7::8] + panels[-1:], len(steps) + 2).save(f"{path}.png")
+    film = [sheet([panel], 1) for panel in panels]
+    film[0].save(f"{path}.webp", save_all=True, append_images=film[1:], loop=0, quality=70,
+                 duration=[600, *[70] * 6, 600] * len(steps) + [2500])  # milliseconds
+
+
+def sheet(panels, columns):
+    """(title, PIL image) pairs in rows of so many columns -> one white page."""
+    w, h = (max(sides) + 12 for sides in zip(*(image.size for _, image in panels)))
+    page = Image.new("RGB", (columns * w, -(-len(panels) // columns) * (h + 32)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(20)
+    for n, (title, image) in enumerate(panels):
+        x, y = n % columns * w + w // 2, n // columns * (h + 32) + 32
+        page.paste(image, (x - image.width // 2, y + (h - image.height) // 2))
+        pen.text((x, y - 12), title, "black", font, anchor="mm")
+    return page
+
+
+def read_log(path):
+    """log.jsonl -> a function of a key, whose steps and values it returns [2,N]."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = [json.loads(line) for line in lines if line.endswith("}")]  # half a line: killed
+    return lambda key: np.array([(line["step"], line[key]) for line in lines
+                                 if line.get(key, -1) >= 0]).reshape(-1, 2).T  # AP -1: no value
+
+
+def smoothed(values):
+    """The mean over a thirtieth of the run around each value; over fewer at the ends."""
+    window = np.ones(max(1, len(values) // 30))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def plot(charts, out):
+    """A chart of every {title: {label: (steps, values)}}, the values smoothed."""
+    from matplotlib.figure import Figure  # not pyplot: no display; here: slow to import
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    for axis, (title, curves) in zip(figure.subplots(1, len(charts)), charts.items()):
+        for n, (label, (steps, values)) in enumerate(curves.items()):
+            if len(steps):
+                axis.plot(steps, smoothed(values), f"C{n}", label=f"{label}: {values[-1]:.3g}",
+                          marker="." if len(steps) < 50 else "")
+                axis.legend()
+        axis.set(title=title, xlabel="step")
+        axis.set(**{"yscale": "log"} if "loss" in title else {"ylim": (0, None)})
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(out, dpi=130)
+
+
+def plot_curves(log, out):
+    """Draw a run's log.jsonl: losses and COCO AP over steps -> an image file."""
+    series = read_log(log)
+    losses = {key: series(key) for key in ("loss", "loss_class", "loss_bbox", "loss_giou")}
+    plot({"training loss": losses, "AP": {key: series(key) for key in ("AP", "AP50")}}, out)
+
+
+def compare_runs(folders, out):
+    """Draw runs' class losses and APs together -> a line for every pair of runs: when one beats the
+    other's lowest (smoothed) class loss, and whether these are different losses (ce, focal)."""
+    losses, scores, kinds, found = {}, {}, {}, []
+    for folder in map(Path, folders):
+        series = read_log(folder / "log.jsonl")
+        losses[folder], scores[folder] = series("loss_class"), series("AP")
+        kinds[folder] = json.loads((folder / "run.json").read_text())["config"]["class_loss"]
+    for mine, other in permutations([folder for folder in losses if losses[folder].size], 2):
+        (steps, values), lowest = losses[mine], smoothed(losses[other][1]).min()
+        below = steps[smoothed(values) < lowest]
+        line = f"{mine} {'beats' if len(below) else 'never beats'} {other}'s lowest class loss "
+        line += f"({lowest:.4g})" + (f" at step {below[0]:.0f}" if len(below) else "")
+        if kinds[mine] != kinds[other]:
+            line += f"; they are different losses: {kinds[mine]}, {kinds[other]}"
+        found.append(line)
+    plot({"class loss": losses, "AP": scores}, out)
+    return found
+
+
+# =================================================================================== command line
+
+def run(argv):
+    """Do what the command line asks for -> the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO's layout")
+    what.add_argument("--images", nargs="+", help="find objects in images, or in folders of them")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs")
+    add("--out", type=Path, help="a folder; with --data, a .json file; with --compare, an image")
+    add("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
+    add("--data-root", help="with --data coco: where it is")
+    add("--batch-size", type=int, default=4, help="with --data: images at a time")
+    add("--workers", type=int, default=2, help="with --data: processes that read them")
+    add("--limit", type=int, help="with --data: only the first so many images")
+    add("--score", type=float, default=0.5, help="with --images: the least to show")
+    add("--trajectory", action="store_true", help="with --images: from noise to boxes")
+    for name in variants.SAMPLING:
+        runs.add_field(parser, variants.FIELDS[name])
+    args = parser.parse_args(argv)
+    if not args.compare and not args.weights:
+        parser.error("--weights is missing: which checkpoint?")
+    for name, least in dict(image_size=1, batch_size=1, limit=1, workers=0, score=0).items():
+        if not least <= (least if getattr(args, name) is None else getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    runs.start()
+    if args.compare:
+        out = args.out or Path("out/compare.png")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        print(*compare_runs(args.compare, out), f"curves in {out}", sep="\n")
+        return 0
+    sampling = {k: v for k in variants.SAMPLING if (v := getattr(args, k)) is not None}
+    model, meta = weights.load_checkpoint(args.weights, **sampling)
+    if (args.trajectory or sampling) and model.cfg.reference != "noise":
+        raise variants.ConfigError("--trajectory and the sampler's options: for diffusion models")
+    if why := variants.idle(sampling, model.cfg):
+        raise variants.ConfigError(why)
+    model.to(runs.own_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    recipe, ids = meta["recipe"], meta["category_ids"]
+    size = args.image_size or recipe["image_size"]
+    transform = data.eval_transform(size, round(size * recipe["max_size"] / recipe["image_size"]))
+    if args.images:
+        out = args.out or args.weights.parent / "predictions"
+        results = predict(model, meta, args.images, transform, out, args.score, args.trajectory)
+        failed = sum("error" in result for result in results)
+        print(f"{len(results) - failed} of {len(results)} images: {out}")
+        return int(failed > 0 or not results)
+    dataset = data.open_data(args.data, args.data_root, "val", transform, ids, size)
+    same_names(dataset, meta["classes"], args.weights)
+    out = args.out or args.weights.parent
+    if out.suffix != ".json":
+        out /= f"results-{args.limit}.json" if args.limit else "results.json"
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the long run, not after it
+    _, detections = evaluate(model, dataset, args.batch_size, workers=args.workers,
+                             limit=args.limit, table=True)
+    if runs.rank() == 0:
+        out.write_text(json.dumps(detections))
+        print(f"{args.limit or len(dataset)} of {len(dataset)} images: {out}")
+    runs.stop()
+    return 0
+
 
 def main(argv=None):
-    """The command line; see --help. Exits with 2 on wrong input, with 1 if a photo could not be read."""
-    args = options.parse_eval(argv)
+    """The command line -> exit code: 2 after wrong input, 1 if an image is unreadable."""
     try:
-        distributed.start()
-        failed = run(args)
-        distributed.stop()
-        sys.exit(1 if failed else 0)
+        return run(argv)
     except (data.DataError, weights.WeightsError, variants.ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def run(args):
-    """Do what the command line asks for -> how many photos could not be read."""
-    if args.compare:
-        out = args.out or Path("out")
-        out = out if out.suffix in (".png", ".pdf", ".svg") else out / "compare.png"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        print(*pictures.compare_runs(args.compare, out), f"curves in {out}", sep="\n")
-        return 0
-    if args.images and distributed.world() > 1:
-        raise variants.ConfigError("several processes share the scoring of --data; --images is for one: start it without "
-                                   "torchrun")
-    model, meta = weights.load_checkpoint(args.weights, **args.sampling)
-    if (args.trajectory or args.sampling) and model.cfg.queries != "noise":
-        name = "trajectory" if args.trajectory else next(iter(args.sampling)).replace("_", "-")
-        raise variants.ConfigError(f"--{name} is for diffusion models, and {args.weights} holds {meta['variant']}")
-    if why := options.idle(args.sampling, model.cfg):
-        raise variants.ConfigError(why)
-    model.to(distributed.own_device(args.device))
-    size = args.image_size or meta["recipe"]["image_size"]
-    longest = round(size * meta["recipe"]["max_size"] / meta["recipe"]["image_size"])
-    transform = data.eval_transform(size, args.max_size or longest)
-    if args.data:
-        dataset = data.open_data(args.data, args.data_root, "val", transform, meta["category_ids"], size)
-        same_names(dataset, meta["classes"], str(args.weights))
-        out = args.out or args.weights.parent
-        out = out if out.suffix == ".json" else out / (f"results-{args.limit}.json" if args.limit else "results.json")
-        out.parent.mkdir(parents=True, exist_ok=True)    # before the long run, not after it
-        _, detections = evaluate(model, dataset, args.batch_size, workers=args.workers, limit=args.limit, table=True)
-        if distributed.rank():
-            return 0
-        out.write_text(json.dumps(detections))
-        part = f"on the first {args.limit} of " if args.limit and args.limit < len(dataset) else ""
-        print(f"{meta['variant']}, {args.data}, {part}{len(dataset)} images: {len(detections)} detections in {out}")
-        return 0
-    paths, folder = [], args.out or args.weights.parent / "predictions"
-    for path in map(Path, args.images):
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_ENDINGS) if path.is_dir() else [path]
-        if not inside:
-            raise data.DataError(f"{path}: no photos in this folder (looked for {', '.join(PHOTO_ENDINGS)})")
-        paths += inside
-    if any(path.resolve().parent == folder.resolve() for path in paths):
-        raise data.DataError(f"--out {folder} holds photos of --images, which it would overwrite: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    results = predict(model, meta, paths, args.score, transform, folder, args.trajectory)
-    errors = [result["error"] for result in results if "error" in result]
-    if len(errors) < len(results):
-        (folder / "predictions.json").write_text(json.dumps(results, indent=1))
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
-    objects = sum(len(result.get("detections", ())) for result in results)
-    where = f": pictures and predictions.json in {folder}" if len(errors) < len(results) else ""
-    print(f"{len(results) - len(errors)} of {len(results)} photos, {objects} objects of score {args.score:g} or more{where}")
-    return len(errors)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
