@@ -1,528 +1,350 @@
-"""The speed and cost of each part, beside a peer in one run: ratios, because seconds drift and do not travel.
-
-    python bench.py msda          deformable attention (bench_msda.py; it has options of its own)
-    python bench.py infer         seconds an image beside Hugging Face transformers (pip install it): DETR, Deformable DETR
-    python bench.py train         seconds a training step beside theirs, and where ours go
-    python bench.py memory        a training step's peak memory: checkpointed activations; 80, 1,203 and 13,204 classes
-    python bench.py data          photos a second beside the DETR recipe's; padding; annotations of COCO's size
-    python bench.py score         5,000 images x 300 detections, beside pycocotools
-    python bench.py kill          a run killed at 20 random moments and resumed, beside one that was left alone
-    python bench.py soak          the memory of a run of 2,000 steps
-    python bench.py flops         DiffuDETR's operations and time by decoder evaluations, with and without reused values
+"""python bench.py WHAT: speed and cost of a part beside a peer in the same run (seconds drift):
+    msda          deformable attention beside its definition by grid_sample
+    infer, train  detection, a training step, beside transformers' (pip install transformers)
+    memory        a training step's peak: recomputed activations; 80, 1,203 and 13,204 classes
+    data, score   loading beside DETR's steps; a COCO-size annotation file; COCO metrics' seconds
+    kill, soak    a run killed at 20 random moments beside an undisturbed one; 2,000 steps' memory
+    flops         DiffuDETR's sampling steps, reading the memory once or in every step
+    ablate        DiffuDETR's choices, each trained and scored at the small size
 """
 import argparse
-import contextlib
-import functools
-import importlib.util
+import copy
 import io
 import json
 import multiprocessing
-import os
-import platform
 import random
 import resource
-import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import functional as TF
 
-import bench_msda
 import data
-import matcher
+import eval as evaluation
 import msda
-import scores
-import toy
+import runs
 import train
-import variants
 import weights
-from model import Detector, build_model
-from order import BatchOrder
+from matcher import Criterion
+from model import build_model
+from variants import SAMPLING
 
 
-def machine(runs):
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, median of {runs}"
-
-
-def photo_batch(size, boxes=7):
-    """One random 4:3 photo of so many pixels on its short side, and random boxes."""
-    g = torch.Generator().manual_seed(0)
-    images = torch.randn(1, 3, size, size * 4 // 3, generator=g)
-    target = dict(labels=torch.randint(1, 91, (boxes,), generator=g), boxes=torch.rand(boxes, 4, generator=g) * 0.3 + 0.2)
-    return images, torch.zeros(1, *images.shape[2:], dtype=torch.bool), [target]
-
-
-def theirs(name):
-    """transformers' model of the same size as ours, random weights."""
-    import transformers as hf
-    stages = ["stage4"] if name == "detr" else ["stage2", "stage3", "stage4"]
-    same = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, num_labels=91, auxiliary_loss=True,
-                backbone_config=hf.ResNetConfig(out_features=stages),
-                dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)           # published; theirs has the first alone
-    if name == "detr":
-        model = hf.DetrForObjectDetection(hf.DetrConfig(**same))
-    else:
-        model = hf.DeformableDetrForObjectDetection(hf.DeformableDetrConfig(
-            two_stage=True, with_box_refine=True, encoder_ffn_dim=1024, decoder_ffn_dim=1024, num_queries=300, **same))
-    # They freeze this backbone whole (looking for "stage.1" in names that say "stages.1"): train what ours trains.
-    for parameter_name, parameter in model.named_parameters():
-        if ".encoder.stages." in parameter_name:
-            parameter.requires_grad_(".stages.0." not in parameter_name)
-    return model
-
-
-def inference(side, name, size):
-    """A function that detects in one image, by "minDETR" or "transformers"."""
-    model, (images, mask, _) = (build_model if side == "minDETR" else theirs)(name).eval(), photo_batch(size)
-
-    def detect():
-        with torch.no_grad():
-            model(images, mask) if side == "minDETR" else model(images, pixel_mask=(~mask).long())
-
-    return model, detect
-
-
-def training(side, name, size):
-    """A function that takes one step on one image: forward, matching and loss, backward, clipping and AdamW. Ours returns
-    the seconds of its parts."""
-    model, (images, mask, targets) = (build_model if side == "minDETR" else theirs)(name), photo_batch(size)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, **({"fused": True} if side == "minDETR" else {}))
-
-    def update():
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def their_step():
-        labels = [dict(class_labels=t["labels"], boxes=t["boxes"]) for t in targets]
-        model(images, pixel_mask=(~mask).long(), labels=labels).loss.backward()
-        update()
-
-    def our_step():
-        parts, lap = train.stopwatch()
-        hooks = [module.register_forward_hook(lambda *a, part=part: lap(part))
-                 for part, module in (("backbone", model.backbone), ("encoder, with neck", model.encoder[-1]))]
-        outputs = model(images, mask, targets)
-        lap("decoder, with proposals")
-        with timed(matcher, "match") as matching:
-            loss = matcher.Criterion(model.cfg)(outputs, targets)["total"]
-        lap("loss, with matching")
-        loss.backward()
-        lap("backward")
-        update()
-        lap("clip, AdamW")
-        for hook in hooks:
-            hook.remove()
-        return parts | {"matching": matching[0]}
-
-    return model, our_step if side == "minDETR" else their_step
-
-
-def stand_by(pipe, prepare, *what):
-    """A process's whole life: work and say how long it took, whenever it is asked to."""
-    model, work = prepare(*what)
-    pipe.send(sum(p.numel() for p in model.parameters()))
-    with contextlib.suppress(EOFError):                                                    # nobody is there to ask any more
-        while pipe.recv():
+def alternate(title, ways, rounds):
+    """Time two ways in turn after a warm-up, so that drift hits both; print medians and ratio."""
+    seconds = np.zeros((1 + rounds, 2))
+    for taken in seconds:
+        for i, way in enumerate(ways.values()):
             started = time.perf_counter()
-            parts = work()
-            pipe.send((time.perf_counter() - started, parts))
+            way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken[i] = time.perf_counter() - started
+    ratio = np.median(seconds[1:, 0] / seconds[1:, 1])
+    times = ", ".join(f"{k} {s:.4f} s" for k, s in zip(ways, np.median(seconds[1:], 0)))
+    print(f"{title}: {times}, {ratio:.2f} x", flush=True)
 
 
-def answer(pipe, side):
-    """What a process says; where it has died, say so and stop."""
-    try:
-        return pipe.recv()
-    except EOFError:
-        sys.exit(f"{side}'s process has ended: see above; if nothing is said there, memory ran out: try a smaller --size")
-
-
-def beside_transformers(prepare, runs, size):
-    """Each in a process of its own, since what one leaves in memory speeds up the other; in turn, so that drift hits both.
-    Prints the medians, and the median of the ratios."""
-    if importlib.util.find_spec("transformers") is None:
-        sys.exit("the peer is not there: pip install transformers")
-    print(machine(runs))
-    spawn = multiprocessing.get_context("spawn")
-    for name in ("detr", "deformable_two_stage"):
-        pipes, counts, taken, parts = {}, set(), {}, {}
-        for side in ("minDETR", "transformers"):
-            pipes[side], there = spawn.Pipe()
-            spawn.Process(target=stand_by, args=(there, prepare, side, name, size), daemon=True).start()
-            there.close()                                                          # or its end would not be noticed here
-            counts.add(answer(pipes[side], side))
-        if len(counts) > 1:
-            sys.exit(f"{name}: {counts} parameters are not the same model")
-        for round_ in range(runs + 1):                                                         # the first one warms up
-            for side, pipe in pipes.items():
-                pipe.send(True)
-                seconds, split = answer(pipe, side)
-                taken.setdefault(side, []).append(seconds)
-                for part, s in (split or {}).items():
-                    parts.setdefault(part, []).append(s)
-        for pipe in pipes.values():
-            pipe.send(False)
-        for process in multiprocessing.active_children():
-            process.join()
-        own, peer = (taken[side][1:] for side in ("minDETR", "transformers"))
-        print(f"{name}, {prepare.__name__}, short side {size}: transformers {statistics.median(peer):.2f} s, minDETR "
-              f"{statistics.median(own):.2f} s, {statistics.median(a / b for a, b in zip(peer, own)):.2f} x", flush=True)
-        if parts:
-            print("    " + ", ".join(f"{part} {statistics.median(s[1:]) / statistics.median(own):.0%}"
-                                     for part, s in parts.items()), flush=True)
-
-
-@contextlib.contextmanager
-def timed(module, name):
-    """Yield a list in which the seconds of every call of a module's function appear."""
-    function, seconds = getattr(module, name), []
-
-    def wrapped(*args):
-        started = time.perf_counter()
-        result = function(*args)
-        seconds.append(time.perf_counter() - started)
-        return result
-
-    setattr(module, name, wrapped)
-    try:
-        yield seconds
-    finally:
-        setattr(module, name, function)
-
-
-# ============================================================================================================== memory
-
-def peak_of(work):
-    """Peak memory in MB that a fresh process uses beyond its start."""
+def apart(work, seconds=None):
+    """(MB at the peak beyond its start, CPU seconds) of work() in a process; NaN if killed."""
     def child(pipe):
         torch.set_num_threads(1)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        sys.stdout = io.StringIO()
+        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         work()
-        pipe.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        pipe.send(((peak - before) / 1024, time.process_time() - started))
 
     here, there = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=child, args=(there,))
     process.start()
+    process.join(seconds)
+    process.kill()
     process.join()
-    return here.recv() if here.poll() else float("nan")
+    assert process.exitcode in (0, -9), "the process failed"
+    return here.recv() if process.exitcode == 0 else (np.nan, np.nan)
 
 
-def one_step(name, size, again=False, **config):
-    """A training step on two images."""
-    model = build_model(name, **config)
-    if again:
-        train.compute_again(model)
-    optimizer, criterion = torch.optim.AdamW(model.parameters(), 1e-4, fused=True), matcher.Criterion(model.cfg)
-    images, mask, (target,) = photo_batch(size)
-    target["labels"] = target["labels"] % model.cfg.num_classes
-    criterion(model(images.expand(2, -1, -1, -1), mask.expand(2, -1, -1), [target] * 2), [target] * 2)["total"].backward()
-    optimizer.step()
+def bench_msda(args):
+    """Whether the operator is right, then its speed: on the GPU if there is one."""
+    def both(way, *tensors):
+        out = way(*tensors)
+        return out, *torch.autograd.grad(out.sum(), tensors[:3])
+
+    msda.BACKEND = "native"
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    large, toy = [(100, 134), (50, 67), (25, 34), (13, 17)], [(16, 16), (8, 8), (4, 4), (2, 2)]
+    for title, shapes, B, Q, D in (("encoder, 800 x 1066", large, 1, None, 32),
+                                   ("decoder, 300 queries", large, 1, 300, 32),
+                                   ("encoder, toy, batch 16", toy, 16, None, 16)):
+        ways = {"grid_sample": lambda value, *where: msda.msda_grid_sample(
+                    value, shapes, *msda.sampling(shapes, *where)),
+                "minDETR": lambda value, *where: msda.msda(value, shapes, *where)}
+        torch.manual_seed(0)
+        centre = torch.rand(Q, 2) if Q else torch.cat([  # in an encoder: tokens, each at its place
+            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1)
+            for h, w in shapes])
+        Q, S = len(centre), sum(h * w for h, w in shapes)
+        tensors = [torch.randn(B, S, 8, D), 3 * torch.randn(B, Q, 8, 4, 4, 2),
+                   torch.randn(B, Q, 8, 4, 4), centre[None, :, None].repeat(B, 1, 4, 1)]
+        wide = [a.double().requires_grad_() for a in tensors]
+        tensors[:3] = [a.requires_grad_() for a in tensors[:3]]
+        # Mean errors: where a point hits a pixel's centre, rounding chooses one of two slopes.
+        errors = [((a - b).abs().mean() / b.abs().mean()).item() for a, b in zip(
+            both(ways["minDETR"], *tensors), both(ways["grid_sample"], *wide))]
+        assert all(error < 1e-4 for error in errors), f"{title}: wrong by {errors}"
+        with torch.no_grad():
+            alternate(f"{title}, forward", {
+                name: partial(way, *tensors) for name, way in ways.items()}, args.runs)
+        alternate(f"{title}, forward + backward", {
+            name: partial(both, way, *tensors) for name, way in ways.items()}, args.runs)
 
 
-def bench_memory(size):
-    for name in ("detr", "deformable_two_stage", "dino"):
-        kept, again = (peak_of(lambda: one_step(name, size, again)) for again in (False, True))
-        print(f"{name:22} 2 images of {size} x {size * 4 // 3}, ResNet-50, float32: {kept:6.0f} MB; layers computed again "
-              f"{again:6.0f} MB", flush=True)
-    for classes in (80, 1203, 13204):
-        peak = peak_of(lambda: one_step("diffu_dino", 128, num_classes=classes, backbone="resnet18", backbone_norm="batch"))
-        print(f"diffu_dino, 900 queries, 2 images of 128 x 170, ResNet-18, {classes:6} classes: {peak:6.0f} MB", flush=True)
+@cache
+def built(side, name, **options):
+    """A model of one side with random weights, and its optimizer."""
+    if side == "minDETR":
+        model = build_model(name, **options)
+    else:
+        import transformers as hf
+        kind, config, stages, more = {
+            "detr": (hf.DetrForObjectDetection, hf.DetrConfig, [4], {}),
+            "deformable_two_stage": (hf.DeformableDetrForObjectDetection, hf.DeformableDetrConfig,
+                                     [2, 3, 4], dict(two_stage=True, with_box_refine=True))}[name]
+        resnet = hf.ResNetConfig(out_features=[f"stage{i}" for i in stages])
+        model = kind(config(backbone_config=resnet, num_labels=91, auxiliary_loss=True, dropout=0.1,
+                            attention_dropout=0.1, activation_dropout=0.1, **more))  # as published
+        # They freeze this backbone whole ("stage.1" is in no name, "stages.1" is); ours less.
+        for parameter_name, parameter in model.named_parameters():
+            if ".encoder.stages." in parameter_name:
+                parameter.requires_grad_(".stages.0." not in parameter_name)
+    return model, torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
 
-# ================================================================================================================ data
-
-# Sizes of COCO's photos: the most frequent, about as often.
-SHAPES = [(640, 480)] * 10 + [(640, 427)] * 5 + [(480, 640)] * 3 + [(427, 640)] * 2 + [(640, 360), (500, 375), (612, 612)]
-
-
-class Blank:
-    """Stands for a photo where only its size matters."""
-
-    def __init__(self, width, height):
-        self.width, self.height, self.size = width, height, (width, height)
-
-    def resize(self, size, _):
-        return Blank(*size)
-
-    def crop(self, box):
-        return Blank(box[2] - box[0], box[3] - box[1])
-
-    def transpose(self, _):
-        return self
+@cache
+def image_batch(size, count):
+    """Random 4:3 images with so many pixels on the short side, and seven random boxes in each."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(count, 3, size, size * 4 // 3), torch.randint(80, (7,))
+    targets = [dict(labels=labels, class_labels=labels, boxes=torch.rand(7, 4) * 0.3 + 0.2)] * count
+    return images, torch.zeros_like(images[:, 0], dtype=torch.bool), targets
 
 
-def make_photos(root, count, boxes, one_file=False):
-    """A folder in COCO's layout with so many photos and boxes; toy pictures, or one tiny file under all names."""
-    rng, folder = random.Random(0), Path(root) / "train2017"
-    folder.mkdir(), (Path(root) / "annotations").mkdir()
-    sizes = [(64, 48) if one_file else rng.choice(SHAPES) for _ in range(count)]
-    for i, (w, h) in enumerate(sizes):
-        path = folder / f"{i:012}.jpg"
-        if not one_file or i == 0:
-            generator, shapes = toy.scene(i, 640)
-            toy.picture(generator, shapes, 640).resize((w, h)).save(path, quality=90)
+def work(side, what, name, size, count=1, again=False, **options):
+    """Detect in images, or take a training step on them; returns the number of parameters."""
+    (model, optimizer), training = built(side, name, **options), what == "train"
+    images, mask, targets = image_batch(size, count)
+    model.train(training).checkpoint_activations = again
+    with torch.set_grad_enabled(training):
+        if side == "minDETR":
+            outputs = model(images, mask, targets)
+            loss = training and Criterion(model.cfg)(outputs, targets)[0]
         else:
-            path.symlink_to(folder / f"{0:012}.jpg")
-    images = [dict(id=10 * i + 9, file_name=f"{i:012}.jpg", width=w, height=h, license=1, date_captured="2013-11-14",
-                   coco_url=f"http://images.cocodataset.org/train2017/{i:012}.jpg") for i, (w, h) in enumerate(sizes)]
-    annotations = []
-    for n in range(boxes):
-        w, h = sizes[owner := rng.randrange(count)]
-        bw, bh = rng.uniform(2, w / 2), rng.uniform(2, h / 2)
-        annotations.append(dict(id=n + 1, image_id=10 * owner + 9, category_id=rng.randint(1, 80), iscrowd=0, area=bw * bh,
-                                bbox=[round(v, 2) for v in (rng.uniform(0, w - bw), rng.uniform(0, h - bh), bw, bh)]))
-    (Path(root) / "annotations" / "instances_train2017.json").write_text(json.dumps(dict(
-        images=images, annotations=annotations, categories=[dict(id=i, name=f"thing {i}") for i in range(1, 81)])))
+            loss = model(images, (~mask).long(), labels=targets if training else None).loss
+    if training:
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return sum(p.numel() for p in model.parameters())
 
 
-def recipes_batch(dataset, transform, keys):
-    """DETR's published steps in their order, with the same draws: PIL, to_tensor, normalize, then padding."""
-    tensors = []
-    for index, seed in keys:
-        photo = Image.open(dataset.path(index)).convert("RGB")
-        photo, _, _ = transform(photo, *dataset.annotations(index), random.Random(seed))
-        tensors.append(TF.normalize(TF.to_tensor(photo), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    h, w = (max(t.shape[side] for t in tensors) for side in (1, 2))
-    images, mask = torch.zeros(len(tensors), 3, h, w), torch.ones(len(tensors), h, w, dtype=torch.bool)
-    for image, blank, t in zip(images, mask, tensors):
-        image[:, :t.shape[1], :t.shape[2]].copy_(t)
-        blank[:t.shape[1], :t.shape[2]] = False
-    return images, mask
+def bench_infer(args):
+    """Each side in a process of its own: what one leaves in memory would speed up the other."""
+    size, spawn = args.size or 800, multiprocessing.get_context("spawn")
+    for name in ("detr", "deformable_two_stage"):
+        with ProcessPoolExecutor(1, spawn) as first, ProcessPoolExecutor(1, spawn) as second:
+            ways = {side: lambda pool=pool, side=side: pool.submit(
+                        work, side, args.what, name, size).result()
+                    for side, pool in (("transformers", first), ("minDETR", second))}
+            assert len({way() for way in ways.values()}) == 1, f"{name}: parameters differ"
+            alternate(f"{name}, {args.what}, short side {size}", ways, args.runs)
 
 
-def private_memory(pid):
-    """MB of a process that it shares with no other."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
+def bench_memory(args):
+    small = dict(backbone="resnet18", backbone_norm="batch")
+    for name, size, options in [
+            *((name, args.size or 400, dict(again=again)) for again in (False, True)
+              for name in ("detr", "deformable_two_stage", "dino")),
+            *(("diffu_dino", 128, small | dict(num_classes=n)) for n in (80, 1203, 13204))]:
+        peak, _ = apart(lambda: work("minDETR", "train", name, size, 2, **options))
+        print(f"{name}, 2 images, short side {size}, {options}: {peak:.0f} MB", flush=True)
 
 
-def bench_data(runs, photos):
+def make_folder(root, count, boxes):
+    """A folder in COCO's layout: so many images of 640 x 480, empty files, and boxes."""
+    folder, xywh = Path(root, "train2017"), np.random.default_rng(0).random((boxes, 4)) * 200 + 2
+    url, names = "http://images.cocodataset.org/train2017/", [f"{i:012}.jpg" for i in range(count)]
+    folder.mkdir(), Path(root, "annotations").mkdir()
+    for name in names:
+        Path(folder, name).touch()
+    Path(root, "annotations", "instances_train2017.json").write_text(json.dumps(dict(
+        images=[dict(id=i, file_name=name, width=640, height=480, license=1, coco_url=url + name)
+                for i, name in enumerate(names)],
+        annotations=[dict(id=n, image_id=n % count, category_id=n % 80, iscrowd=0, bbox=box,
+                          area=box[2] * box[3]) for n, box in enumerate(xywh.round(2).tolist())],
+        categories=[dict(id=i, name=f"thing {i}") for i in range(80)])))
+    return data.CocoFolder(root, transform=data.train_transform())
+
+
+def bench_data(args):
+    """DETR's steps are as published, with the same draws, but for the padding mask."""
+    def recipe(i, seed):
+        image = Image.open(images.path(i)).convert("RGB")
+        image, *_ = exact(image, *images.annotations(i), random.Random(seed))
+        return TF.normalize(TF.to_tensor(image), pad.image_mean, pad.image_std)
+
     torch.set_num_threads(1)
+    pad = GeneralizedRCNNTransform(800, 1333, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     with tempfile.TemporaryDirectory() as root:
-        if photos == "toy":
-            make_photos(root, 40, 300)
-        dataset = data.CocoFolder(root if photos == "toy" else photos, transform=data.train_transform())
-        order = list(BatchOrder(40, 2, 0, 0))
-        recipe = functools.partial(recipes_batch, dataset, data.train_transform(exact=True))
-        apart = max(((recipe(keys)[0] - data.collate([dataset[k] for k in keys])[0]) * data.STD * 255).abs().max().item()
-                    for keys in order)
-        seconds = bench_msda.alternate({
-            "recipe": lambda: [recipe(keys) for keys in order],
-            "ours": lambda: [data.collate([dataset[k] for k in keys]) for keys in order]}, runs)
-        ratio = statistics.median(a / b for a, b in zip(seconds["recipe"], seconds["ours"]))
-        print(f"one core, training recipe, batches of 2: recipe {40 / statistics.median(seconds['recipe']):.1f}, ours "
-              f"{40 / statistics.median(seconds['ours']):.1f} images/s, {ratio:.2f} x; pixels differ by up to "
-              f"{apart:.1f} of 255", flush=True)
-    sizes = np.array([random.Random(i).choice(SHAPES) for i in range(4000)])
-    for buckets in (0, 1, 16):
-        padded = total = 0
-        for batch in BatchOrder(4000, 16, 0, 0, shapes=sizes[:, 0] / sizes[:, 1], buckets=buckets):
-            for micro in (batch[:2], batch[2:4]):
-                photos = [data.train_transform(exact=True)(Blank(*sizes[i].tolist()), np.zeros((0, 4), np.float32), np.zeros(0, int),
-                                                 random.Random(seed))[0] for i, seed in micro]
-                area = len(photos) * max(p.width for p in photos) * max(p.height for p in photos)
-                total, padded = total + area, padded + area - sum(p.width * p.height for p in photos)
-        print(f"padded share of the pixels, 2 photos a forward pass, --buckets {buckets}: {padded / total:.1%}", flush=True)
+        images, exact = make_folder(root, 40, 300), data.train_transform(exact=True)
+        for i in range(40):
+            drawn = data.toy_picture(*data.toy_scene(i, 640), 640).crop((0, 0, 640, 480))
+            drawn.save(images.path(i), quality=90)
+        order, rounds = data.batch_order(40, 2, 0, 0), args.runs
+        alternate("40 images through the training recipe, one core", {
+            "DETR": lambda: [pad.batch_images([recipe(*k) for k in keys], 1) for keys in order],
+            "minDETR": lambda: [data.collate([images[k] for k in keys]) for keys in order]}, rounds)
     with tempfile.TemporaryDirectory() as root:
-        peak_of(lambda: make_photos(root, 118_287, 860_001, one_file=True))     # in a process of its own, whose memory goes
-        peak = peak_of(lambda: data.CocoFolder(root))
-        before, started = private_memory(os.getpid()), time.process_time()
-        dataset = data.CocoFolder(root)
-        print(f"{dataset.summary}: loaded in {time.process_time() - started:.1f} s of a core, {peak:.0f} MB while loading, "
-              f"{private_memory(os.getpid()) - before:.0f} MB kept", flush=True)
-        blank, early = Image.new("RGB", (64, 48)), None
-        data.read_photo = lambda path, size: blank                 # what is measured is the annotations, not the photos
-        for n, _ in enumerate(data.loader(dataset, BatchOrder(len(dataset), 64, 0, 0), workers=8)):
-            if n in (100, len(dataset) // 64 - 30):
-                workers = [child.pid for child in multiprocessing.active_children()]
-                now = [private_memory(pid) for pid in workers]
-                early = early or now
-        print(f"8 workers' own memory, MB each: {statistics.mean(early):.0f} after 100 batches, {statistics.mean(now):.0f} "
-              f"30 before the end of an epoch ({len(dataset) // 64} batches of 64)", flush=True)
+        apart(lambda: make_folder(root, 118_287, 860_001))  # or its memory would be used again
+        peak, seconds = apart(lambda: data.CocoFolder(root))
+    print(f"118,287 images and 860,001 boxes: {seconds:.1f} s of a core, {peak:.0f} MB at most")
 
 
-def bench_score(images, detections):
-    """Random truth and detections, about half of them near an object, with crowds."""
-    rng, truth, found = np.random.default_rng(0), [], []
-    for i in range(images):
-        count = rng.poisson(7.3)
-        xy, wh, label = rng.random((count, 2)) * 400, rng.random((count, 2)) ** 2 * 200 + 5, rng.integers(0, 80, 3)
-        label = rng.choice(label, count)
-        boxes = np.concatenate([xy, wh], 1)
-        truth += [dict(id=len(truth) + k, image_id=i, category_id=int(label[k]), bbox=boxes[k].tolist(),
-                       area=float(wh[k].prod()), iscrowd=int(rng.random() < 0.01)) for k in range(count)]
-        near = rng.integers(0, count, detections) if count else np.zeros(detections, int)
-        guess = (boxes[near] if count else np.full((detections, 4), 50.0)) + rng.normal(size=(detections, 4)) * 8
-        guess[:, 2:] = guess[:, 2:].clip(1)
-        right = (rng.random(detections) < 0.5) & (count > 0)
-        named = np.where(right, label[near] if count else 0, rng.integers(0, 80, detections))
-        score = rng.random(detections).astype(np.float32)
-        found += [dict(image_id=i, category_id=int(c), bbox=b, score=float(s))
-                  for c, b, s in zip(named, guess.tolist(), score)]
-    truth = dict(info={}, images=[dict(id=i, width=640, height=480) for i in range(images)],
-                 annotations=[t | dict(id=n) for n, t in enumerate(truth, 1)],
-                 categories=[dict(id=k, name=str(k)) for k in range(80)])
-    started = time.time()
-    ours = scores.coco_metrics(truth, found, list(range(images)))
-    print(f"{images} images x {detections} detections: ours {time.time() - started:.1f} s", flush=True)
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-    with contextlib.redirect_stdout(io.StringIO()):
-        gt = COCO()
-        gt.dataset = truth
-        gt.createIndex()
-        started = time.time()
-        scorer = COCOeval(gt, gt.loadRes(found), "bbox")
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    same = list(ours.values()) == scorer.stats.tolist()
-    print(f"pycocotools {time.time() - started:.1f} s; the twelve numbers are {'equal' if same else 'NOT equal'}: "
-          f"AP {ours['AP']}")
+def bench_score(args, images=5000, detections=300):
+    """Toy truth under 80 labels; detections near its boxes, half of them with the right label."""
+    rng, truth = random.Random(0), data.ToyShapes(images).ground_truth()
+    truth["categories"] = [dict(id=k, name=str(k)) for k in range(80)]
+    for n, box in enumerate(truth["annotations"]):
+        box.update(category_id=n % 80, iscrowd=int(n % 100 == 0))
+    found = [dict(image_id=box["image_id"], score=rng.random(),
+                  category_id=rng.choice((box["category_id"], rng.randrange(80))),
+                  bbox=[abs(v + rng.gauss(0, 4)) for v in box["bbox"]])
+             for box in rng.choices(truth["annotations"], k=images * detections)]
+    started = time.perf_counter()
+    ap = evaluation.coco_metrics(truth, found, [image["id"] for image in truth["images"]])["AP"]
+    print(f"{images} x {detections} detections: {time.perf_counter() - started:.1f} s, AP {ap:.4f}")
+
+
+def bench_kill(args):
+    """A run of seconds: its memory must not grow; killed and resumed, it ends in the same bits."""
+    kills, steps = (20, args.steps or 100) if args.what == "kill" else (0, args.steps or 2000)
+    new = f"""--variant diffu_dino --overfit 8 --batch-size 4 --micro-batch 2 --eval-every 10
+        --ema 0.9 --image-size 64 --max-size 64 --queries 10 --d-model 64 --ffn 64 --heads 4
+        --encoder-layers 1 --decoder-layers 2 --dropout 0.1 --workers 0 --device cpu
+        --steps {steps} --save-steps {1 if kills else 100} --out""".split()
+    with tempfile.TemporaryDirectory() as root:
+        whole, cut, rng, stops = Path(root, "whole"), Path(root, "cut"), random.Random(0), []
+        _, spell = apart(lambda: train.main([*new, str(whole)]))
+        lines = map(json.loads, open(whole / "log.jsonl"))
+        peak = [(line["step"], round(line["memory_mb"])) for line in lines if "memory_mb" in line]
+        print("peak memory, (step, MB):", *peak[::len(peak) // 4 + 1], peak[-1])
+        for left in range(kills, -1, -1) if kills else ():  # the last life ends by itself
+            saved = any(cut.glob("last*.pth"))
+            stops.append(runs.read_last(cut)[1]["step"] if saved else 0)
+            given = ["--resume", str(cut)] if saved else [*new, str(cut)]
+            seconds = rng.uniform(0, 1.5 * spell / kills) if left else None
+            killed = np.isnan(apart(lambda: train.main(given), seconds)[0])
+            assert killed == (left > 0), "it ended before its last kill: raise --steps"
+        ends = [runs.read_last(run)[1] for run in (whole, cut if kills else whole)]
+    same = all(map(torch.equal, *([*end["model"].values(), *end["ema"].values(), *(
+        x for s in end["optimizer"]["state"].values() for x in s.values())] for end in ends)))
+    if kills:
+        print(f"killed at steps {stops[1:]}: " + ("equal bit for bit" if same else "DIFFERENT"))
     return not same
 
 
-# ================================================================================================ what a run survives
+def bench_flops(args, **options):
+    """Multiply-adds and times by sampling steps, with equal outputs."""
+    def decode_again(memory, read, *rest, **given):  # as published; the first step has just read
+        again, last[0] = read is last[0], read
+        read = [layer.cross_attn.read(memory) for layer in every.decoder] if again else read
+        return decode(memory, read, *rest, **given)
 
-# A run of seconds that uses all that could be lost: noise, dropout, an average of the weights, evaluations.
-TINY_RUN = """--variant diffu_dino --overfit 8 --batch-size 4 --micro-batch 2 --eval-every 10 --image-size 64 --max-size 64
-    --queries 10 --d-model 64 --ffn 64 --heads 4 --encoder-layers 1 --decoder-layers 2 --dropout 0.1 --ema 0.9
-    --workers 0 --device cpu""".split()
-
-
-def quiet_run(arguments):
-    """A child's whole life: `train.py` with these arguments."""
-    torch.set_num_threads(1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        sys.exit(train.main(arguments))
-
-
-def life(arguments, seconds=None):
-    """Run train.py in a process of its own, killed (SIGKILL) after so many seconds; returns whether it was killed."""
-    child = multiprocessing.get_context("fork").Process(target=quiet_run, args=(arguments,))
-    child.start()
-    child.join(seconds)
-    killed = child.exitcode is None
-    child.kill()
-    child.join()
-    if not killed and child.exitcode:
-        sys.exit(f"a run ended with exit code {child.exitcode}")
-    return killed
+    once = build_model("diffu_dino", **dict(num_classes=80) | options).eval().requires_grad_(False)
+    every, inputs = copy.deepcopy(once), image_batch(args.size or 800, 1)[:2]
+    decode, last, every.decode = every.decode, [None], decode_again
+    for module in (*every.modules(), *once.modules()):
+        if isinstance(module, msda.MSDeformAttn):  # a channel of a point: 4 corners and a weight
+            module.register_forward_hook(lambda _, __, out: sampled.append(
+                5 * out.numel() * once.cfg.levels * once.cfg.points))
+    for steps in (1, 3, 5, 10):
+        outputs, cost = [], []
+        for model in (every, once):
+            sampled, model.cfg = [], model.cfg.but(sampling_steps=steps)
+            with FlopCounterMode(display=False) as counter:
+                outputs.append(model(*inputs))
+            cost.append((counter.get_total_flops() / 2 + sum(sampled)) / 1e9)
+        assert all(torch.equal(*(out[key] for out in outputs)) for key in ("logits", "boxes"))
+        alternate(f"{steps} sampling steps, {cost[0]:.5g} or {cost[1]:.5g} G multiply-adds", {
+            "every": lambda: every(*inputs), "once": lambda: once(*inputs)}, args.runs)
 
 
-def bench_kill(kills, steps):
-    """Every resume must start from a whole checkpoint, and the last weights equal the uninterrupted run's bit for bit."""
-    with tempfile.TemporaryDirectory() as folder:
-        whole, cut = Path(folder) / "whole", Path(folder) / "cut"
-        arguments, started = [*TINY_RUN, "--steps", str(steps), "--save-steps", "1", "--out"], time.time()
-        life([*arguments, str(whole)])
-        whole_life, moments, done = time.time() - started, random.Random(0), []
-
-        def go_on():
-            return ["--resume", str(cut)] if list(cut.glob("last*.pth")) else [*arguments, str(cut)]
-
-        while len(done) < kills:
-            if not life(go_on(), moments.uniform(0, 1.5 * whole_life / kills)):
-                sys.exit(f"the run ended after {len(done)} kills: raise --steps")
-            done.append(weights.read_last(cut)[1]["step"] if cut.exists() and list(cut.glob("last*.pth")) else "start")
-        life(go_on())
-        a, b = (weights.read_last(run)[1] for run in (whole, cut))
-        same = all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
-        same = same and all(torch.equal(x, b["optimizer"]["state"][i][k]) for i, state in a["optimizer"]["state"].items()
-                            for k, x in state.items())
-        print(f"{kills} kills in a run of {steps} steps, at steps {', '.join(map(str, done))}: weights, average, optimizer "
-              + ("equal the uninterrupted run's bit for bit" if same else "DIFFER from the uninterrupted run's"))
-        return not same
+# The paper's AP of each choice (DiffuDINO, COCO; None: not given); the first is the default.
+ABLATIONS = {
+    "noise": {"gaussian": 51.9, "sigmoid_gaussian": 50.4, "beta": 49.5},
+    "schedule": {"cosine": 51.9, "linear": 51.6, "sqrt": 51.4}, "eta": {0.0: None, 1.0: None},
+    "content": {"learned": None, "memory": None}, "time": {"add": None, "scale_shift": None},
+    "sampling_steps": {3: 51.9, 1: 51.6, 5: 51.8, 10: 51.4}, "renewal": {True: None, False: None},
+    "sampler": {"ddim": None, "published": None}}
 
 
-def bench_soak(steps):
-    """Memory must not grow with the steps, once the first few of the evaluations (one in 100 steps) have been."""
-    with tempfile.TemporaryDirectory() as folder:
-        life([*TINY_RUN, "--batch-size", "2", "--micro-batch", "1", "--eval-every", "25", "--steps", str(steps),
-              "--save-steps", "100", "--out", folder + "/run"])
-        lines = [json.loads(line) for line in open(folder + "/run/log.jsonl")]
-        peak = {line["step"]: line["memory_mb"] for line in lines if "memory_mb" in line}
-        print("peak memory of the process, MB: " + ", ".join(
-            f"{peak[s]:.0f} after {s} steps" for s in (10, steps // 4, steps // 2, steps)))
+def score_of(args, seed, trained, sampling):
+    """AP of a training and a sampling with these changes, once computed; samplings share one."""
+    folder = Path(args.out, f"{args.data}-{args.pictures}-{args.amp}".replace("/", "_"),
+                  "-".join(f"{k}={v}" for k, v in {**trained, "seed": seed}.items()))
+    kept, steps = folder / f"ap{json.dumps(sampling)}", max(1, args.pictures // 16)
+    if not kept.exists():
+        options = dict(variant="diffu", preset="small", data=args.data, amp=args.amp, seed=seed,
+                       batch_size=16, steps=steps, eval_every=10 ** 6, out=folder) | trained
+        done = runs.read_last(folder)[1]["step"] if any(folder.glob("last*.pth")) else -1
+        if done < steps and (train.main([f"--resume={folder}"] if done >= 0 else [
+                f"--{k.replace('_', '-')}={v}" for k, v in options.items()])
+                or runs.read_last(folder)[1]["step"] < steps):
+            sys.exit("stopped; the same command goes on")
+        model, meta = weights.load_checkpoint(runs.read_last(folder)[0], **sampling)
+        size, longest = (meta["recipe"][k] for k in ("image_size", "max_size"))
+        images = data.open_data(args.data, None, "val", data.eval_transform(size, longest),
+                                meta["category_ids"], size, toy_count=500)
+        kept.write_text(str(evaluation.evaluate(model, images, 8, progress=False)[0]["AP"]))
+    return float(kept.read_text())
 
 
-# ===================================================================================== what an evaluation costs (DiffuDETR)
-
-class Unreused(Detector):
-    """The decoder as published: every evaluation projects the memory anew in every layer."""
-
-    def project_values(self, memory):
-        return None
-
-    def decode(self, memory, values, *args, **kwargs):
-        return super().decode(memory, super().project_values(memory), *args, **kwargs)
-
-
-def bench_flops(runs, variant, height, width):
-    """Multiply-adds (as published counts have them) and seconds at S = 1, 3, 5, 10, with equal outputs."""
-    torch.manual_seed(0)
-    cfg = variants.variant(variant, num_classes=80)
-    reused, unreused = (kind(cfg).eval() for kind in (Detector, Unreused))
-    unreused.load_state_dict(reused.state_dict())
-    image, mask = torch.randn(1, 3, height, width), torch.zeros(1, height, width, dtype=torch.bool)
-    sampled = 0
-
-    def count_attention(module, inputs, output):               # grid_sample and our kernels are not in torch's table
-        nonlocal sampled
-        query, _, value, _ = inputs                            # per point and channel: 4 corners and the point's weight
-        sampled += query.shape[0] * query.shape[1] * module.levels * module.points * value.shape[2] * value.shape[3] * 5
-
-    def operations(model):
-        nonlocal sampled
-        sampled = 0
-        hooks = [m.register_forward_hook(count_attention) for m in model.modules() if isinstance(m, msda.MSDeformAttn)]
-        with FlopCounterMode(display=False) as counter:
-            outputs = model(image, mask)
-        for hook in hooks:
-            hook.remove()
-        return outputs, counter.get_total_flops() / 2 + sampled
-
-    print(f"{variant}, {cfg.num_queries} queries, {height} x {width}, batch 1, float32; {platform.machine()}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}; seconds: median of {runs}")
-    first = {}
-    with torch.no_grad():
-        for S in (1, 3, 5, 10):
-            for model in (reused, unreused):
-                model.cfg = cfg.but(evaluations=S)
-            (a, with_reuse), (b, without) = operations(reused), operations(unreused)
-            assert all(torch.equal(a[key], b[key]) for key in ("logits", "boxes"))
-            seconds = bench_msda.alternate(
-                {"with": lambda: reused(image, mask), "without": lambda: unreused(image, mask)}, runs)
-            for name, work in (("without", without), ("with", with_reuse)):
-                first.setdefault(name, work)
-                step = "" if S == 1 else f"   +{(work - first[name]) / (S - 1) / first[name]:.2%} an evaluation"
-                print(f"S = {S:2}, {name:7} reuse: {work / 1e9:7.1f} G multiply-adds, "
-                      f"{statistics.median(seconds[name]):6.2f} s{step}", flush=True)
+def bench_ablate(args):
+    """Train and score every choice, one at a time from the default; then a table over the seeds."""
+    points = {(axis, value): [] for axis, values in ABLATIONS.items() for value in values}
+    for seed in range(args.seeds):
+        for axis, value in points:
+            change = {} if value == next(iter(ABLATIONS[axis])) else {axis: value}
+            changes = ({}, change) if axis in SAMPLING else (change, {})
+            points[axis, value].append(100 * score_of(args, seed, *changes))
+    print("the paper's AP; ours in points, and less the default's: means (spreads) over seeds")
+    for (axis, value), ours in points.items():
+        apart_by = np.subtract(ours, points[axis, next(iter(ABLATIONS[axis]))])
+        print(f"{axis} = {value}".ljust(28), ABLATIONS[axis][value] or "  - ", *(
+            f"{np.mean(x):+7.1f} ({np.ptp(x):.1f})" for x in (ours, apart_by)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("what", choices=["msda", "infer", "train", "memory", "data", "score", "kill", "soak", "flops"])
-    parser.add_argument("--runs", type=int, help="timed runs of each way (default: 5); kills (20)")
-    parser.add_argument("--steps", type=int, help="steps of the runs of kill (default: 100) and soak (2,000)")
-    parser.add_argument("--size", type=int, help="short side of infer, train, flops (default: 800), memory (400)")
-    parser.add_argument("--images", type=int, default=5000, help="score: photos")
-    parser.add_argument("--variant", default="diffu_dino", help="flops: a diffusion variant")
-    parser.add_argument("--data", default="toy", help="data: toy, or a folder in COCO's layout")
-    if sys.argv[1:2] == ["msda"]:
-        sys.exit(bench_msda.main(sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    bench_train, bench_soak = bench_infer, bench_kill
+    parser.add_argument("what", choices=[name[6:] for name in globals() if name[:6] == "bench_"])
+    for name, default, text in (
+            ("runs", 5, "timed rounds"), ("size", 0, "images' short side (800; of memory: 400)"),
+            ("steps", 0, "of the runs of kill (100) or soak (2,000)"), ("data", "toy", "of ablate"),
+            ("pictures", 4800, "in each training of ablate"), ("seeds", 2, "of ablate"),
+            ("amp", "none", "of ablate"), ("out", "out/ablate", "of ablate: its folder")):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = parser.parse_args()
-    runs, size = args.runs or 5, args.size or 800
-    sys.exit({"infer": lambda: beside_transformers(inference, runs, size),
-              "train": lambda: beside_transformers(training, runs, size), "memory": lambda: bench_memory(args.size or 400),
-              "data": lambda: bench_data(runs, args.data), "score": lambda: bench_score(args.images, 300),
-              "kill": lambda: bench_kill(args.runs or 20, args.steps or 100),
-              "soak": lambda: bench_soak(args.steps or 2000),
-              "flops": lambda: bench_flops(runs, args.variant, size, size * 1066 // 800)}[args.what]())
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    sys.exit(globals()[f"bench_{args.what}"](args))
