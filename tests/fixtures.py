@@ -1,0 +1,75 @@
+"""What several files of tests share: small models, random batches, data on disk, tiny runs."""
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import torch
+
+import data
+import train
+import variants
+from model import build_model
+
+HERE = Path(__file__).parent.parent
+SMALL = variants.SMALL | dict(backbone_norm="batch", num_classes=5, num_queries=20,
+                              decoder_layers=2, encoder_layers=1)
+TRAINED = [name for name in variants.VARIANTS if name != "detr_dc5"]  # which needs bottlenecks
+
+# Options of train.py that make a run of seconds.
+TINY_RUN = """--image-size 64 --max-size 64 --queries 10 --d-model 64 --ffn 64 --heads 4
+    --encoder-layers 1 --decoder-layers 2 --batch-size 4 --micro-batch 4 --workers 0""".split()
+
+
+def small(name, **overrides):
+    """A small model of a variant, with weights that depend on the seed alone."""
+    torch.manual_seed(0)
+    return build_model(name, **SMALL | overrides)
+
+
+def batch(counts=(3, 1), size=96, seed=0):
+    """Random images, all but the first smaller and padded, with so many boxes each."""
+    g, B = torch.Generator().manual_seed(seed), len(counts)
+    images, mask = torch.randn(B, 3, size, size, generator=g), torch.zeros(B, size, size).bool()
+    mask[1:, size * 3 // 4:] = mask[1:, :, size * 2 // 3:] = True
+    images[mask[:, None].expand_as(images)] = 0
+    least = torch.tensor([0.35, 0.35, 0.1, 0.1])
+    targets = [{"labels": torch.randint(0, 5, (n,), generator=g),
+                "boxes": torch.rand(n, 4, generator=g) * 0.3 + least} for n in counts]
+    return images, mask, targets
+
+
+def error_of(function, *args, kind=Exception, **kwargs):
+    """The message of the error that a call raises; fails when it raises none, or another kind."""
+    try:
+        function(*args, **kwargs)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{function} raised nothing")
+
+
+def coco_folder(folder, images=6):
+    """A small data set of toy shapes in COCO's layout, with category ids 7, 9, ..."""
+    shapes = data.ToyShapes(images, size=64)
+    truth = shapes.ground_truth()
+    truth["categories"] = [thing | {"id": 7 + 2 * thing["id"]} for thing in truth["categories"]]
+    for box in truth["annotations"]:
+        box["category_id"] = 7 + 2 * box["category_id"]
+    (folder / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (folder / split).mkdir()
+        for i, image in enumerate(truth["images"]):
+            image["file_name"] = f"{image['id']}.png"
+            shapes.read(i)[0].save(folder / split / image["file_name"])
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(truth))
+    return folder
+
+
+def run_quietly(argv):
+    """train.main's exit code, and what it said on stderr and stdout."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        try:
+            code = train.main(argv)
+        except SystemExit as stop:  # argparse's own errors
+            code = stop.code
+    return code, said.getvalue()

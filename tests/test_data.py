@@ -1,0 +1,240 @@
+"""Tests of data.py: images, transforms, folders in COCO's layout, toy shapes, order and loading."""
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import box_convert
+from torchvision.transforms import functional as TF
+
+import data
+from tests.fixtures import coco_folder, error_of
+
+
+@contextlib.contextmanager
+def folder(edit=lambda coco: None):
+    """Three toy pictures of 64 pixels in COCO's layout, ids 1 to 3. edit(its lists) -> new text."""
+    with tempfile.TemporaryDirectory() as root:
+        file = coco_folder(Path(root), 3) / "annotations" / "instances_train2017.json"
+        coco = json.loads(file.read_text())
+        text = edit(coco) or json.dumps(coco)
+        file.write_text(text, "utf-8-sig")  # a byte order mark is no error
+        yield root
+
+
+def refused(words, function, *args, **kwargs):
+    """The call raises a DataError whose message holds all the words (divided by |)."""
+    message = error_of(function, *args, kind=data.DataError, **kwargs)
+    assert all(word in message for word in words.split("|")), f"not {words}: {message}"
+
+
+def test_data_image_files():
+    """All become the RGB that a viewer shows, on a white page, upright; damage is named."""
+    ramp = np.arange(256, dtype=np.uint8)[None].repeat(8, 0)
+    files = [Image.fromarray(ramp).convert(mode) for mode in ("L", "RGB", "LA", "RGBA", "P")]
+    files.append(Image.fromarray(ramp * np.uint16(257)))
+    upright = data.ToyShapes(1).read(0)[0].crop((0, 0, 48, 32))
+    with tempfile.TemporaryDirectory() as root:
+        path, exif = Path(root, "a.png"), Image.Exif()
+        for image in files:
+            image.save(path)
+            read = data.read_image(path)
+            assert read.mode == "RGB" and abs(np.int32(read) - ramp[..., None]).max() <= 1, image
+        Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(path)
+        assert data.read_image(path).getextrema() == ((255, 255),) * 3
+        stored, exif[0x0112] = upright.transpose(Image.ROTATE_90), 6  # to be turned by 90 degrees
+        stored.save(path, exif=exif)
+        assert np.array_equal(data.read_image(path, (48, 32)), upright)
+        assert np.array_equal(data.read_image(path, (32, 48)), stored)  # as it was annotated
+        content = path.read_bytes()
+        for bad in (b"", content[:40], content[:len(content) // 2]):
+            path.write_bytes(bad)
+            refused("a.png|again", data.read_image, path)
+
+
+def test_data_train_recipe():
+    """As published: what is drawn, from what, in which order; in proportion at another size."""
+    for size, *draws in itertools.product((800, 400), (0.49, 0.5), (0.49, 0.5)):
+        rng = mock.Mock(random=iter(draws).__next__)
+        rng.choice.side_effect = rng.randint.side_effect = min
+        image, boxes, _ = data.train_transform(size)(
+            Image.new("RGB", (1600, 400)), np.float32([[0, 0, 1400, 40]]), np.zeros(1), rng)
+        flip, crop = draws[0] < 0.5, draws[1] < 0.5
+        firsts, lasts = ([side * size // 800 for side in sides] for sides in (
+            (400, 500, 600), range(480, 801, 32)))
+        low, high, w, h = (side * size // 800 for side in (384, 600, 1600, 400))  # w > max_size
+        ranges = [(low, high), (low, h), (0, w - low), (0, h - low)]
+        assert [list(c.args) for c in rng.choice.mock_calls] == [[firsts]] * crop + [[lasts]]
+        assert [c.args for c in rng.randint.mock_calls] == ranges * crop
+        whole = (1332, 333) if size == 800 else (960, 240)
+        assert image.size == ((lasts[0], lasts[0]) if crop else whole)
+        assert (boxes[0, 0] > 0) == flip
+
+
+def test_data_pixels():
+    """Evaluation's are PIL's and torchvision's to the bit; training's are within 2 of 255."""
+    image, boxes, labels = data.ToyShapes(1, 300).read(0)
+    for size in (117, 153, 200, 389):
+        exact, scaled, _ = data.eval_transform(size)(image, boxes, labels, None)
+        resized = image.resize((size, size), Image.BILINEAR)
+        assert np.array_equal(exact, resized) and np.allclose(scaled, boxes * size / 300)
+        fast, *_ = data.train_transform(size, flip=False, crop=False)(image, boxes, labels, None)
+        apart = abs(np.int32(fast) - np.int32(exact))
+        assert apart.max() <= 2 and np.mean(apart > 0) < 0.01
+        tensor = data.normalised(data.to_bytes(resized))
+        theirs = TF.normalize(TF.to_tensor(resized), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        assert torch.equal(tensor, theirs) and np.array_equal(data.to_pil(tensor), resized)
+
+
+def test_data_boxes_follow_pixels():
+    """Every coloured block is found where its box went; a dropped box no longer shows."""
+    image, lost = Image.new("RGB", (400, 300)), 0
+    boxes = np.float32([[20, 30, 120, 90], [200, 150, 390, 290], [300, 10, 380, 60]])
+    for box, colour in zip(boxes.astype(int).tolist(), ("#f00", "#0f0", "#00f")):
+        image.paste(colour, tuple(box))
+    for seed in range(60):
+        transform, rng = data.train_transform(160), random.Random(seed)
+        out, moved, labels = transform(image, boxes, np.arange(3), rng)
+        for label, pixels in enumerate(np.moveaxis(np.asarray(out), 2, 0) > 127):
+            lost += label not in labels
+            assert label in labels or not pixels.any()
+            for box in moved[labels == label]:
+                if (box[2:] - box[:2]).min() >= 2:  # a sliver may cover no pixel's half
+                    y, x = np.nonzero(pixels)
+                    assert abs([x.min(), y.min(), x.max() + 1, y.max() + 1] - box).max() <= 1.5
+    assert lost > 5, "crops that lose a box were not met"
+
+
+def test_data_coco():
+    """Labels, boxes, ids, sizes; what is harmless is repaired; names may count from the root."""
+    def edit(coco):
+        (a, b, c), one = coco["images"], dict(id=0, image_id=2, category_id=9)
+        boxes = [[10, 10, 20, 10], [50, 30, 30, 30], [-5, 5, 10, 10], [5, 5, 0, 9], [70, 5, 9, 9]]
+        coco["annotations"] = [dict(one, image_id=3, bbox=boxes[0])] + [
+            dict(one, bbox=box) for box in boxes] + [dict(one, bbox=boxes[0], iscrowd=1, area=9)]
+        coco["images"] += [dict(a), dict(a, id=99)]
+        del b["width"], b["file_name"], coco["categories"][2:]
+        b["coco_url"], c["file_name"] = "http://cocodataset.org/val2017/2.png", "val2017/3.png"
+
+    with folder(edit) as root:
+        coco = data.CocoFolder(root, transform=data.eval_transform(128))
+        assert coco.category_ids == [9, 11] and coco.classes == ["circle", "square"]
+        assert coco.image_ids == [1, 2, 3, 99] and "4 boxes (2 clipped" in coco.summary
+        assert "1 crowds, 2 boxes without area" in coco.summary
+        image, target = coco[1]
+        boxes = box_convert(target["boxes"], "cxcywh", "xyxy") * 64
+        assert np.allclose(boxes, [[10, 10, 30, 20], [50, 30, 64, 60], [0, 5, 5, 15]], atol=1e-4)
+        assert [target[key].tolist() for key in ("labels", "orig_size", "size")] == [
+            [0, 0, 0], [64, 64], [128, 128]] and target["image_id"] == 2
+        assert coco[3][1]["boxes"].shape == (0, 4) and torch.equal(coco[3][0], coco[0][0])
+        whole = data.CocoFolder(root, category_ids=range(91))  # the label is the category id
+        assert whole[2][1]["labels"].item() == 9 and whole.classes[8:10] == ["N/A", "circle"]
+        refused("[11]|training", data.CocoFolder, root, category_ids=[9])
+        truth = coco.ground_truth()["annotations"]
+        assert [(box["id"], box["area"], box["iscrowd"]) for box in truth] == [  # none clipped
+            (n, area, n == 7) for n, area in enumerate((200, 200, 900, 100, 0, 81, 9), 1)]
+        with mock.patch.dict(os.environ, COCO_ROOT=root):
+            assert all(len(data.open_data(*args)) == 4 for args in ((root,), ("coco",)))
+
+
+def test_data_coco_faults():
+    """Each is refused with its place and what is wrong, as it is from a worker."""
+    lists, boxes = ("images", "annotations", "categories"), (
+        None, [], [1, 2, 3], [1, 2, 3, "4"], "1234", {"x": 1}, [1, 2, float("nan"), 4])
+    faults = [  # the message's words, and the list in which the second record or all is changed
+        *(("'id': 2|bbox", "annotations", dict(bbox=box)) for box in boxes),
+        *(("'id': 2|listed", "annotations", {key: bad}) for bad in (None, 55, "11", [])
+          for key in ("image_id", "category_id")),
+        ("image id 1|/1.png|/2.png", "images", dict(id=1)), ("'id'", "images", dict(id=None)),
+        ("sub/1.png|image id 2|missing", "images", dict(file_name="sub/1.png")),
+        *((f"'{key}' is no list, or empty", key, bad) for bad in (None, []) for key in lists)]
+    for words, key, fault in faults:
+        with folder(lambda coco: coco[key][1].update(fault) if isinstance(fault, dict)
+                    else coco.update({key: fault})) as root:
+            refused(f"{root}|{words}", data.CocoFolder, root)
+    for text in (" ", '{"images": [{"id": 1', "[1, 2]"):
+        with folder(lambda coco: text) as root:
+            refused("instances_train2017.json", data.CocoFolder, root)
+    with folder() as root:
+        coco, images = data.CocoFolder(root), Path(root, "train2017")
+        Image.new("RGB", (50, 50)).save(images / "2.png")
+        (images / "3.png").write_bytes((images / "3.png").read_bytes()[:60])
+        refused("2.png|50x50|64x64|image 2", coco.__getitem__, (1, 5))
+        message = error_of(list, data.loader(coco, [[0], [0, 2]], workers=1), kind=data.DataError)
+        assert message.startswith(str(images / "3.png")) and message.endswith("the data.")
+
+
+def test_data_toy():
+    """Drawn alone, a shape fills its box to the pixel; none is hidden; all is from (seed, i)."""
+    flat = mock.Mock(uniform=min, randint=lambda low, high: 0, randbytes=bytes)
+    flat.sample.return_value = [(0, 0, 0), (255, 255, 255)]
+    for i in range(30):
+        shapes, hidden = data.toy_scene(f"toy 0 {i}", 128)[1], np.zeros((128, 128), bool)
+        for name, points, (x, y, w, h) in reversed(shapes):
+            cover = np.asarray(data.toy_picture(flat, [(name, points, None)], 128))[..., 0] > 30
+            assert (cover & ~hidden).sum() >= 0.35 * cover.sum(), (i, name)
+            hidden |= cover
+            for axis, low, high in ((0, x, x + w), (1, y, y + h)):
+                inside = np.flatnonzero(cover.any(axis))
+                assert 0 <= np.floor(low) <= inside[0] <= low + 1.3
+                assert high - 1.3 <= inside[-1] + 1 <= np.ceil(high) <= 128
+    a, b, test = data.ToyShapes(5), data.open_data("toy"), data.open_data("toy", split="val")
+    assert (len(b), len(test)) == (2000, 200) and not torch.equal(b[2][0], test[2][0])
+    assert torch.equal(a[2][0], b[2][0]) and not torch.equal(a[2][0], a[3][0])
+    truth, targets = a.ground_truth()["annotations"], [a[i][1] for i in range(5)]
+    boxes = box_convert(torch.cat([target["boxes"] for target in targets]), "cxcywh", "xywh") * 128
+    assert np.allclose([box["bbox"] for box in truth], boxes, atol=1e-3)
+    assert [(target["image_id"], a.category_ids[label]) for target in targets
+            for label in target["labels"]] == [(t["image_id"], t["category_id"]) for t in truth]
+
+
+def test_data_order():
+    """Repeatable, resumable, every image as often as it should come, by rarity too."""
+    order, later, other = (np.array(data.batch_order(10, 3, seed, epoch))  # [batch, sample, 2]
+                           for seed, epoch in ((5, 1), (5, 2), (6, 1)))
+    assert order.shape == (3, 3, 2) and len(set(order[..., 0].flat)) == 9
+    for start in range(3):
+        assert np.array_equal(data.batch_order(10, 3, 5, 1, start), order[start:])
+    assert len({*order[..., 1].flat, *later[..., 1].flat}) == 18
+    assert all((order != different)[..., 0].any() for different in (later, other))
+    few = np.array(data.batch_order(8, 16, 0, 0))[0]
+    assert sorted(few[:, 0]) == sorted([*range(8)] * 2) and len(set(few[:, 1])) == 16
+    few = data.ToyShapes(10)  # class 0 in all, class 1 in the last alone: sqrt(0.4 / 0.1) times
+    few.offsets, few.labels = np.array([*range(10), 11]), np.array([0] * 10 + [1])
+    factors = data.repeat_factors(few, 0.4)
+    assert factors.tolist() == [1] * 9 + [2]
+    factors[0] = 1.5
+    epochs = [data.batch_order(10, 1, 0, epoch, factors=factors) for epoch in range(400)]
+    seen = np.bincount(np.array(epochs)[..., 0].ravel())
+    assert np.allclose(seen / 400, factors * 12 / 11.5, rtol=0.06), seen
+
+
+def test_data_batches():
+    """Padding is the mean colour, right and bottom; workers, global generators change nothing."""
+    toys = data.ToyShapes(12, 64, transform=data.train_transform(64, 107))
+    order = data.batch_order(12, 4, 0, 2)
+    alone = list(data.loader(toys, order))
+    for seed_all in (random.seed, torch.manual_seed, np.random.seed):
+        seed_all(1)
+    helped = data.loader(toys, order, workers=2)
+    for keys, (a, am, at), (b, bm, bt) in zip(order, alone, helped, strict=True):
+        assert torch.equal(a, b) and torch.equal(am, bm)
+        assert all(torch.equal(x["boxes"], y["boxes"]) for x, y in zip(at, bt))
+        assert a.shape[2:] == am.shape[1:] and a.movedim(1, 3)[am].eq(0).all()
+        for key, image, padding, target in zip(keys, a, am, at):
+            h, w = target["size"]
+            assert torch.equal(image[:, :h, :w], data.normalised(toys[key][0]))
+            assert not padding[:h, :w].any() and (~padding).sum() == h * w
+    assert len({toys[3, seed][0].shape for seed in range(20)}) > 3, "seeds do not matter"
+    # torch's handler could stop a step at any line; a bug is not dressed up as bad data.
+    assert "torch" not in str(getattr(signal.getsignal(signal.SIGCHLD), "__module__", ""))
+    with mock.patch.object(data.ToyShapes, "read", lambda *_: {}["a bug"]):
+        assert "a bug" in error_of(next, data.loader(toys, order, workers=1), kind=KeyError)

@@ -1,0 +1,170 @@
+"""Tests of eval.py: from the heads to boxes, COCO's numbers, drawings, the command line."""
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.ops import box_convert
+
+import data
+import eval as evaluation
+import variants
+import weights
+from tests.fixtures import small
+
+FOCAL = SimpleNamespace(class_loss="focal", detections=40, ensemble_nms=0.3, reference="points")
+
+
+class Oracle(nn.Module):
+    """Knows the answers by the image's upper left pixels, so that any order and batch will do."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        self.device_of, self.cfg, self.answers = nn.Parameter(torch.zeros(1)), FOCAL, {}
+        for image, target in (dataset[i] for i in range(len(dataset))):
+            n = len(target["labels"])
+            logits = torch.full((8, len(dataset.category_ids)), -20.0)
+            logits[range(n), target["labels"]] = 10.0
+            boxes = torch.cat([target["boxes"], torch.full((8 - n, 4), 0.5)])
+            self.answers[str(data.normalised(image)[:, :8, :8])] = logits, boxes
+
+    def forward(self, images, mask, watch=None):
+        answers = zip(*(self.answers[str(image[:, :8, :8])] for image in images))
+        logits, boxes = (torch.stack(x)[None] for x in answers)
+        return {"logits": logits, "boxes": boxes}
+
+
+def toy(count=6, ids=None, size=64):
+    return data.open_data("toy", None, "val", data.eval_transform(size, size), ids, size, count)
+
+
+def command(words, *checkpoint):
+    """Run the command line in-process -> (exit code, all that it said)."""
+    said, load = io.StringIO(), mock.Mock(return_value=checkpoint) if checkpoint else None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), mock.patch.object(
+            weights, "load_checkpoint", load or weights.load_checkpoint):
+        try:
+            return evaluation.main(words.split()), said.getvalue()
+        except SystemExit as stop:  # argparse's own errors
+            return stop.code, said.getvalue()
+
+
+def meta(dataset, size=64):
+    return dict(classes=dataset.classes, category_ids=dataset.category_ids,
+                recipe=dict(image_size=size, max_size=size))
+
+
+def test_eval_scores_data():
+    model = Oracle(dataset := toy(4, ids=[0, *range(1, 6), 9]))  # two labels without a category
+    for logits, _ in model.answers.values():
+        logits[:, [0, 6]] = 15.0  # the best scores, and to be dropped
+    with tempfile.TemporaryDirectory() as folder:
+        words = f"--weights {folder}/x.pth --data toy --limit 4 --device cpu --workers 0"
+        code, said = command(words, model, meta(dataset))  # the other 196 are not misses
+        assert code == 0 and "= 1.000" in said and "4 of 200 images" in said, said
+        found = json.loads(Path(folder, "results-4.json").read_text())
+        assert found[0].keys() == {"image_id", "category_id", "bbox", "score"}
+        assert {d["category_id"] for d in found} <= {*range(1, 6)}
+        _, said = command(words, model, meta(dataset) | {"classes": ["", "cat"]})
+        assert f"'{dataset.classes[1]}' in this data, 'cat' in" in said
+
+
+def test_eval_metrics_of_known_cases():
+    """Crowds are no misses and take any number; sizes; nothing found; nothing there; processes."""
+    def box(x, w, category=1, **more):
+        return {"image_id": 1, "category_id": category, "bbox": [x, 0, w, w], **more}
+
+    things = [box(0, 20), box(100, 50), box(300, 100), box(0, 200, category=2, iscrowd=1),
+              box(0, 50) | {"image_id": 2}]
+    truth = {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 2}, {"id": 1}],
+             "annotations": [{"iscrowd": 0, "area": a["bbox"][2] ** 2} | a for a in things]}
+    found = [box(0, 20, score=0.9), box(100, 50, score=0.8), box(500, 50, score=0.7),  # 1 is wrong
+             box(10, 50, category=2, score=0.9), box(60, 40, category=2, score=0.8)]
+    many = found + [box(900, 9, score=0.1 - n * 1e-7) for n in range(100_000)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        metrics = evaluation.coco_metrics(truth, found, [1], table=True)
+        shared, alone, nothing, bare = (evaluation.coco_metrics(*case, [1]) for case in (
+            (truth, many), (truth, many[:120]), (truth, []), (truth | {"annotations": []}, [])))
+    assert len(printed.getvalue().splitlines()) == 12 and [*metrics] == evaluation.METRICS
+    # Of 3 objects 2 are found at precision 1: at 67 of the 101 recalls, 0 to 0.66.
+    expected = dict(AP=67 / 101, AP_S=1, AP_M=1, AP_L=0, AR1=1 / 3, AR100=2 / 3)
+    assert all(abs(metrics[key] - value) < 1e-9 for key, value in expected.items()), metrics
+    assert shared == alone and nothing["AP"] == nothing["AR100"] == 0 and bare["AP"] == -1
+
+
+def test_eval_drawing():
+    image, box = Image.new("RGB", (640, 480), "gray"), [100, 100, 300, 999]
+    changed = (np.asarray(evaluation.draw(image, ["cat"], [box], [0], [0.9])) != 128).any(-1)
+    assert changed[100, 100:300].all() and not changed[130:470, 120:280].any()
+
+
+def test_eval_compare():
+    with tempfile.TemporaryDirectory() as folder:
+        for run, kind, floor in (("detr", "ce", 0.5), ("dn", "focal", 0.1)):
+            Path(folder, run).mkdir()
+            Path(folder, run, "run.json").write_text(json.dumps({"config": {"class_loss": kind}}))
+            lines = [dict(step=n, loss_class=floor + 100 / n ** 2) for n in range(10, 210, 10)]
+            lines = "\n".join(map(json.dumps, lines)) + '\n{"step": 210, "lo'  # killed
+            Path(folder, run, "log.jsonl").write_text(lines)
+        code, said = command(f"--compare {folder}/detr {folder}/dn --out {folder}/compare.png")
+        never, at_20, _ = said.replace(f"{folder}/", "").splitlines()
+        assert never == ("detr never beats dn's lowest class loss (0.1025); they are different "
+                         "losses: ce, focal")  # 100 / step^2 < 0.4025 from step 16 on
+        assert at_20.startswith("dn beats detr's lowest class loss (0.5025) at step 20;")
+        assert code == 0 and Path(folder, "compare.png").exists()
+
+
+def test_eval_predict():
+    """Folders, a damaged file, equal names, boxes in pixels; nothing is written over."""
+    model = Oracle(dataset := toy(1))
+    with tempfile.TemporaryDirectory() as folder:
+        for path in (Path(folder, name) for name in ("a/1.png", "a/1-3.png", "b/1.png")):
+            path.parent.mkdir(exist_ok=True)
+            dataset.read(0)[0].save(path)
+        Path(folder, "b/broken.jpg").write_bytes(b"not an image")
+        words = f"--weights x.pth --device cpu --images {folder}/a {folder}/b --out {folder}/"
+        code, said = command(words + "out", model, meta(dataset))
+        assert code == 1 and "broken.jpg" in said and "3 of 4 images" in said, said
+        first, *_, broken = json.loads(Path(folder, "out/predictions.json").read_text())
+        assert "broken.jpg" in broken["error"] and len([*Path(folder, "out").glob("*.jpg")]) == 3
+        expected = box_convert(64 * dataset[0][1]["boxes"], "cxcywh", "xywh").tolist()
+        boxes = [found["bbox"] for found in first["detections"]]
+        np.testing.assert_allclose(sorted(boxes), sorted(expected), atol=1e-3)
+        assert "name another folder" in command(words + "a", model, meta(dataset))[1]
+
+
+def test_eval_trajectory():
+    dataset, model = toy(1, size=96), small("diffu", sampling_steps=2)
+    nn.init.normal_(model.bbox_embed[-1][-1].weight)  # or no box would leave its place
+    with tempfile.TemporaryDirectory() as folder:
+        dataset.read(0)[0].save(f"{folder}/a.png")
+        words = f"--weights {folder}/x --images {folder}/a.png --device cpu --trajectory --score 0"
+        assert command(words, model, meta(dataset, 96))[0] == 0
+        made = f"{folder}/predictions/a-trajectory."
+        strip, film = Image.open(made + "png"), Image.open(made + "webp")
+        assert strip.size == (4 * 492, 524)  # noise, two steps, detections
+        assert film.n_frames == 2 * 8 + 1 and film.size == (492, 524)
+
+
+def test_eval_wrong_commands_and_sampler_options():
+    """Errors are one clear line; every option of the sampler reaches the checkpoint's model."""
+    for words, hint in (("--weights x", "--data"), ("--data toy", "--weights is missing"),
+                        ("--weights x --data toy --sampling-steps 3", "diffusion"),
+                        ("--weights x --images a --trajectory", "diffusion"),
+                        ("--compare nowhere", "nowhere")):
+        code, said = command(words, SimpleNamespace(cfg=FOCAL), {})
+        assert code == 2 and "error: " in said and hint in said, (words, said)
+    checkpoint = SimpleNamespace(cfg=variants.diffu.but(sampling_steps=1)), {}
+    with mock.patch.object(weights, "load_checkpoint", return_value=checkpoint) as load:
+        _, said = command("--weights x --data toy --sampling-steps 1 --eta 0.5 --no-renewal "
+                          "--sampler ddim --ensemble-nms 0.6")
+    given = dict(sampling_steps=1, eta=0.5, renewal=False, sampler="ddim", ensemble_nms=0.6)
+    load.assert_called_once_with(Path("x"), **given)
+    assert {*given} == {*variants.SAMPLING} and "is read only with --sampling-steps 2" in said

@@ -1,0 +1,145 @@
+"""Tests of weights.py: names, recognition, loading; what is said of a file that does not fit."""
+import argparse
+import re
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torchvision
+
+import variants
+import weights
+from model import build_model
+from tests.fixtures import error_of
+from tests.test_parity import PUBLISHED, read
+
+FILES = [  # variant, overrides, filename, and the folder of parity's that has such names
+    ("detr", {}, "detr-r50-e632da11.pth", "detr-r50"),
+    ("deformable", {}, "r50_deformable_detr-checkpoint.pth", "deformable-r50"),
+    ("deformable_refine", {}, "plus_iterative.pth", "deformable-two-stage-r50"),
+    ("deformable_two_stage", {}, "plus_two_stage.pth", "deformable-two-stage-r50"),
+    ("dn", {}, "checkpoint.pth", "dn-deformable-r50"),
+    ("dino", {}, "checkpoint0011_4scale.pth", "dino-4scale-r50"),
+    ("diffu_dino_published", {}, "model_final.pth", "diffu-dino-r50"),
+    ("dino", dict(num_classes=7, num_queries=30), "my.pth", "dino-4scale-r50"),
+    ("detr_dc5", {}, "detr-r50-dc5-f0fb7ef5.pth", "detr-r50"),
+    ("deformable_single", dict(dilation=True), "single_scale_dc5.pth", "deformable-r50"),
+    ("align", {}, "align_detr_r50_24e.pth", "dino-4scale-r50"),
+    ("diffu_align_published", {}, "diffu_align_detr_r50.pth", "diffu-dino-r50")]
+TINY = dict(backbone="resnet18", backbone_norm="batch", d_model=64, ffn=64, decoder_layers=2)
+
+
+def published(name, changes, file, case):
+    """A model, and zeros of its shapes under the names of a published state dict."""
+    with torch.device("meta"):
+        model = build_model(name, **changes)
+    keys = [key for key, _ in read(PUBLISHED, case, "keys")]
+    if name == "deformable_refine":
+        keys = [k for k in keys if not re.search(r"enc_out|pos_tr|_embed\.6|decoder\.class", k)]
+        keys += ["query_embed.weight", "transformer.reference_points.weight",
+                 "transformer.reference_points.bias"]
+    if name == "deformable_single":
+        keys = [k for k in keys if not re.match(r"input_proj\.[123]", k)]
+    names, own = weights.own_names(keys, model.cfg), model.state_dict()
+    return model, {k: torch.zeros(own[names[k]].shape if k in names else 100) for k in keys}
+
+
+def refused(words, call, *args):
+    """Calling raises a WeightsError that holds all words, which | separates."""
+    said = error_of(call, *args, kind=weights.WeightsError)
+    assert all(word in said for word in words.split("|")), said
+
+
+def test_weights_published_and_own_names():
+    """Every published member, and our own bare state dicts: recognised, loaded strictly."""
+    for name, changes, file, case in FILES:
+        model, state = published(name, changes, file, case)
+        assert weights.load_weights(model.to_empty(device="cpu"), state) == len(model.state_dict())
+        assert weights.detect(state, file) == (name, changes), (file, weights.detect(state, file))
+    for name in {*variants.VARIANTS} - {"align", "diffu_align", "diffu_align_published"}:
+        changes = TINY | dict(num_classes=3, backbone="resnet101")
+        with torch.device("meta"):
+            found = weights.detect(build_model(name, **changes).state_dict(), name)
+        assert found == (name, changes), found
+
+
+def test_weights_forms_and_unequal_copies():
+    """Released files' wrappings; and heads of which the model has one, which must be equal."""
+    model, one = (build_model("dino", shared_heads=shared) for shared in (False, True))
+    state = published(*FILES[5])[1]
+    for first in ("", "transformer.decoder."):
+        state[first + "class_embed.5.bias"] = torch.ones(91)
+    average = {k: v + 2 for k, v in state.items()}
+    for source, value in [
+            ({"model": state | {"linear1.total_params": torch.ones(1)}, "epoch": 49}, 1),
+            ({f"module.{k}": v for k, v in state.items()}, 1),
+            ({"model": state, "ema_state": average}, 3), ({"model": state, "ema_state": {}}, 1)]:
+        weights.load_weights(model, source)
+        assert [h.bias.mean().item() for h in model.class_embed] == [value - 1] * 5 + [value]
+    refused("class_embed.0.bias, class_embed.5.bias|shared", weights.load_weights, one, state)
+
+
+def test_weights_wrong_variant_names_and_shapes():
+    """The error names what does not fit and the right variant; the model is left as it was."""
+    pairs = {row[0]: published(*row) for row in FILES[:7]}
+    (dino, state), (other, strange) = pairs["dino"], published(*FILES[7])
+    renamed = {k.replace("output_norm.weight", "output_nrom.weight"): v for k, v in state.items()}
+    with mock.patch("torch.nn.Module.load_state_dict") as loads:
+        for name, another in ((a, b) for a in pairs for b in pairs if a != b):
+            refused(f"--variant {another}|nothing was loaded", weights.load_weights,
+                    pairs[name][0], pairs[another][1])
+        for words, source in (
+                ("1 missing: enc_output_norm.weight|1 unused: transformer.enc_output_n", renamed),
+                ("of another shape|[7, 256], the model's is [91, 256]|num_queries=30", strange),
+                ("'epoch'", {"epoch": 3})):
+            refused(words, weights.load_weights, dino, source)
+        refused("transformer.tgt_embed.weight [900, 256]", weights.fine_tune, other, state, False)
+    assert not loads.called
+    refused("dino|sa_qcontent", weights.detect, {"sa_qcontent_proj.weight": torch.ones(1)})
+
+
+def test_weights_files():
+    """Ours keep their average and meta, other classes make heads fresh, bad files are refused."""
+    model, recipe = build_model("diffu_dino", num_classes=3, **TINY), variants.recipe("diffu_dino")
+    other, same = (build_model("diffu_dino", num_classes=n, **TINY) for n in (5, 3))
+    saved = dict(variant="diffu_dino", config=asdict(model.cfg.but(sampling_steps=5)),
+                 recipe=asdict(recipe.but(image_size=128)), classes=["a", "b", "c"],
+                 category_ids=[1, 5, 7])
+    state = model.state_dict()
+    more = dict(format="minDETR", ema=state, model={k: v * 0 for k, v in state.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(saved | more, path := f"{folder}/model.pth")
+        loaded, meta = weights.load_checkpoint(path, sampling_steps=5)
+        assert meta == saved and not loaded.training
+        assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
+        line = weights.fine_tune(other, path, same_classes=False)
+        assert line.endswith("new, for 5 classes: class_embed.0, enc_class_embed, label_enc")
+        assert "none new" in weights.fine_tune(same, path, same_classes=True)
+        assert "for 3 classes: class" in weights.fine_tune(same, path, same_classes=False)
+        torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)  # like the authors'
+        assert weights.load_checkpoint(path)[1]["classes"] == ["class 0", "class 1", "class 2"]
+        for content, words in ((model, "could run code|torch.save("), ([1], "not a checkpoint")):
+            torch.save(content, path)
+            refused(f"{path}|{words}", weights.load_checkpoint, path)
+        for content in (Path(path).read_bytes()[:300], b"", b"<!DOCTYPE html>\n"):
+            Path(path).write_bytes(content)
+            refused(f"{path}|cut short", weights.load_checkpoint, path)
+        refused("no.pth|No such file", weights.load_checkpoint, f"{folder}/no.pth")
+    assert [weights.coco_classes(n)[1][-1] for n in (80, 91)] == [90, 90]
+
+
+def test_weights_backbone():
+    """torchvision's state dict by path; another ResNet, no weights and no network are errors."""
+    resnet, detector = torchvision.models.resnet18(weights=None), build_model("detr", **TINY)
+    model, other = build_model("deformable", **TINY), build_model("detr", backbone="resnet34")
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(
+            "torch.hub", get_dir=lambda: folder, urlopen=mock.Mock(side_effect=OSError("no net"))):
+        torch.save(resnet.state_dict(), path := f"{folder}/resnet18.pth")
+        for source, expected in ((path, resnet), (detector.state_dict(), detector.backbone)):
+            weights.load_backbone(model, source)
+            assert torch.equal(model.backbone.conv1.weight, expected.conv1.weight)
+        for which, words in ((path, "missing|resnet34"), ("none", "--backbone-norm batch"), (
+                "default", f"no net|resnet34-|{folder}|--backbone-weights PATH or none")):
+            refused(words, weights.load_backbone, other, which)
