@@ -185,7 +185,7 @@ def noised_references(targets, cfg, generator=None):
     device, dtype = targets[0]["boxes"].device, targets[0]["boxes"].dtype
     kind, Q = dict(generator=generator, device=device), cfg.num_queries
     t = torch.randint(0, cfg.timesteps, (len(targets),), **kind)
-    rates = signal_rates(cfg.schedule, cfg.timesteps).to(device, dtype)[t]  # [B]
+    rates = signal_rates(cfg.schedule, cfg.timesteps).to(device, dtype, non_blocking=True)[t]  # [B]
     references = []
     for target, rate in zip(targets, rates):
         boxes = target["boxes"].clamp(0, 1)

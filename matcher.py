@@ -3,8 +3,8 @@
 DETR (Carion 2020), section 3.1, in two steps: 1) find the one-to-one assignment of predictions to
 targets of least cost, for every decoder layer on its own; 2) supervise each pair in class and box,
 everything else as "no object". Focal costs and losses are Deformable DETR's; denoising needs no
-assignment (DN). Align-DETR (Cai 2023) gives a target to several
-queries and asks each for a score as high as its box is good.
+assignment (DN). Align-DETR (Cai 2023) gives a target to several queries and asks each for a score
+as high as its box is good.
 
 Read `overlaps`, `match`, then `Criterion`. Shapes: L layers, B images, Q queries, C classes, G
 targets of an image, K pairs of a query and its target.
@@ -205,7 +205,7 @@ class Criterion:
         """The three losses [L]; index: layer, image, query, target [K], who owns what."""
         cfg, (*index, target) = self.cfg, index
         index, here = tuple(index), [len(t["labels"]) for t in targets]
-        offset = torch.tensor([0, *here], device=target.device).cumsum(0)
+        offset = torch.tensor([0, *here]).cumsum(0).to(target.device, non_blocking=True)
         target = offset[index[1]] + target
         labels = torch.cat([t["labels"] for t in targets])[target]
         wanted = torch.cat([t["boxes"] for t in targets])[target]

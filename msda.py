@@ -80,6 +80,7 @@ def computer(backend, *inputs):
 
 @functools.lru_cache(1024)
 def chosen(backend, shapes, *tensors):
+    """`computer`, from (shape, dtype, device) of its tensors: checked and built once for each."""
     ((B, _, M, D), dtype, device), ((_, Q, _, _, P, _), dtype_o, _), _, ((*_, R), _, _) = tensors
     S, L = sum(h * w for h, w in zip(shapes[::2], shapes[1::2])), len(shapes) // 2
     must = {"value": (B, S, M, D), "offsets": (B, Q, M, L, P, 2), "logits": (B, Q, M, L, P),

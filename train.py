@@ -216,7 +216,10 @@ def update(run, batch):
         losses = forward_backward(run, batch)
         run.scaler.unscale_(run.optimizer)
         limit = run.recipe.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit).item()
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+        # The step's last transfer to the host, of all its numbers together.
+        *numbers, norm = torch.stack([*losses.values(), norm]).tolist()
+        losses = dict(zip(losses, numbers))
         # In fp16 gradients may overflow: such a step is omitted and the scale halved, down to 1.
         overflow = run.scaler.is_enabled() and run.scaler.get_scale() > 1
         if not math.isfinite(losses["loss"]) or not (overflow or math.isfinite(norm)):
@@ -238,7 +241,7 @@ def update(run, batch):
 
 def forward_backward(run, batch):
     """Add up the gradients of one step, micro-batch by micro-batch and over all processes -> the
-    losses as floats: this process's share; the step's are the sums of all shares."""
+    losses as tensors: this process's share; the step's are the sums of all shares."""
     # Losses are divided by the step's number of boxes, wherever these are: a share needs them all.
     counts = sum(runs.gather([len(t["labels"]) for *_, targets in batch for t in targets]), [])
     sums, to = {}, dict(device=run.device, non_blocking=True)
@@ -251,7 +254,7 @@ def forward_backward(run, batch):
         run.scaler.scale(total * runs.world()).backward()  # DistributedDataParallel takes the mean
         for name, value in {"loss": total, **matcher.named(losses)}.items():
             sums[name] = sums.get(name, 0) + value.detach()
-    return dict(zip(sums, torch.stack([*sums.values()]).tolist()))
+    return sums
 
 
 def parameter_groups(model, recipe):

@@ -231,9 +231,9 @@ def idle(names, cfg):
     for name in names:
         for key, values in FIELDS[name].metadata["when"].items() if name in FIELDS else ():
             if getattr(cfg, key) not in values:
-                words = {True: "", range: " 2 or more"}.get(
-                    values[0] is True or type(values), " " + " or ".join(map(str, values[:4])))
-                return (f"--{name} is read only with --{key}{words}: omit it, or give that too"
+                words = "2 or more" if isinstance(values, range) else " or ".join(map(str, values))
+                needed = f"--{key}" if values == (True,) else f"--{key} {words}"
+                return (f"--{name} is read only with {needed}: omit it, or give that too"
                         ).replace("_", "-")
     return None
 

@@ -160,7 +160,8 @@ def test_train_overfits_the_first_images_alone():
         second = stored(out)
         assert second["scaler"] != first["scaler"] and second["scaler"]["scale"] > 1
         says([*start, "9", "--lr", "1e12", "--out", f"{folder}/far"], 2, "ids [", "not finite")
-        with mock.patch.object(train, "forward_backward", return_value={"loss": math.nan}):
+        losses = {"loss": torch.tensor(math.nan)}
+        with mock.patch.object(train, "forward_backward", return_value=losses):
             says([*start, "9", "--out", f"{folder}/nan"], 2, "step 0, image ids [")
 
 
@@ -229,7 +230,7 @@ def gradients_of(name, counts, mine, wrap=lambda model: model):
         losses = train.forward_backward(
             run, [(images[i].double(), mask[i], [targets[k] for k in i]) for i in mine])
     gradients = {n: p.grad for n, p in built.named_parameters() if p.requires_grad}
-    shares = runs.gather(losses)
+    shares = runs.gather({key: value.item() for key, value in losses.items()})
     return {key: sum(share[key] for share in shares) for key in losses}, gradients
 
 
