@@ -30,8 +30,8 @@ class ResNet(nn.Module):
     """torchvision's ResNet without its classifier.
 
     Frozen batch norm needs pretrained statistics: with random weights it learns nothing, so
-    training from scratch takes backbone_norm="batch". With frozen norms the stem and layer1 are not
-    trained, as in DETR (DiffuDINO R50 trains all of it). Weights come from weights.py.
+    training from scratch takes backbone_norm="batch". With frozen norms, which first stages are not
+    trained is cfg.frozen_stages. Weights come from weights.py.
     """
 
     def __init__(self, cfg):
@@ -45,9 +45,9 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             body.layer1, body.layer2, body.layer3, body.layer4)
         self.channels = [stage[-1].conv1.in_channels for stage in self.stages()]
-        if self.frozen:
-            for p in [*self.conv1.parameters(), *self.layer1.parameters()]:
-                p.requires_grad_(False)
+        if self.frozen and cfg.frozen_stages != "none":
+            self.conv1.requires_grad_(False)
+            self.layer1.requires_grad_(cfg.frozen_stages == "stem")
 
     def stages(self):
         return self.layer1, self.layer2, self.layer3, self.layer4
@@ -67,7 +67,7 @@ class Neck(nn.ModuleList):
     """Projections of the maps that the transformer reads to d channels, one for each level."""
 
     def __init__(self, cfg, channels):
-        if cfg.attention == "dense":  # DETR: C5, without a norm
+        if cfg.attention != "deformable":  # DETR: C5, without a norm
             super().__init__([nn.Conv2d(channels[-1], cfg.d_model, 1)])
             return
         read = channels[-1:] if cfg.levels == 1 else channels[1:]

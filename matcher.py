@@ -9,6 +9,8 @@ as high as its box is good.
 Read `overlaps`, `match`, then `Criterion`. Shapes: L layers, B images, Q queries, C classes, G
 targets of an image, K pairs of a query and its target.
 """
+import itertools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -57,10 +59,16 @@ def match_cost(logits, boxes, targets, cfg):
     return cfg.cost_class * cost + cfg.weight_bbox * l1 - cfg.weight_giou * giou
 
 
-def share(copies, targets, queries):
-    """How many queries each of an image's targets gets: `copies`, or as many as go round. Published
-    Align-DETR takes half of the queries at most, and may give a target none."""
-    return min(copies, max(1, queries // max(targets, 1)))
+def shares(copies, counts, queries, rule="fair"):
+    """How many queries each target gets, by image: `copies`, or (fair) as many as go round.
+
+    counts: targets of each image. "published" is Align-DETR's code: half of an image's queries at
+    most, and what one image lowers stays lowered for the batch's next ones, down to none at all.
+    """
+    if rule == "fair":
+        return [min(copies, max(1, queries // max(n, 1))) for n in counts]
+    return [*itertools.accumulate(counts, lambda k, n: min(k, queries // (2 * n)) if n else k,
+                                  initial=copies)][1:]
 
 
 def match(stacks, cfg, copies=None):
@@ -69,7 +77,7 @@ def match(stacks, cfg, copies=None):
     Args:
         stacks: list of (logits [L, B, Q, C], boxes [L, B, Q, 4], targets), where targets are B
             dicts with labels [G] and boxes [G, 4], and may differ in their labels only.
-        copies: per stack and layer, the queries that each target gets (default: 1): see `share`.
+        copies: per stack and layer, the queries that each target gets (default: 1): see `shares`.
 
     Returns, per stack, four index tensors [K]: layer, image, query, and target within its image.
     With more targets than queries, the cheapest to serve are assigned. Raises FloatingPointError
@@ -81,8 +89,9 @@ def match(stacks, cfg, copies=None):
     for stack, (cost, block) in enumerate(zip(costs, host.split([c.numel() for c in costs]))):
         rows, block = [], block.view(cost.shape).numpy()
         for layer in range(len(block)):
-            for image, n in enumerate(counts):
-                k = share(copies[stack][layer], n, block.shape[2]) if copies else 1
+            each = copies[stack][layer] if copies else 1
+            for image, k in enumerate(shares(each, counts, block.shape[2], cfg.copies_rule)):
+                n = counts[image]
                 try:
                     query, target = linear_sum_assignment(np.tile(block[layer, image, :, :n], k))
                 except ValueError:
@@ -192,7 +201,8 @@ class Criterion:
         losses = {}
         for kind, index, each in zip(stacks, match([*stacks.values()], cfg, copies), copies):
             Q, here = stacks[kind][0].shape[2], [len(t["labels"]) for t in targets]
-            sizes = [sum(min(share(k, n, Q) * n, Q) for n in here) for k in each]
+            sizes = [sum(min(share * n, Q) for n, share in zip(
+                here, shares(k, here, Q, cfg.copies_rule))) for k in each]
             losses[kind] = self.supervise(kind, *stacks[kind], index, sizes, counts)
         losses["main"] = {k: v.unflatten(0, (L, groups)).mean(1) for k, v in losses["main"].items()}
         if "dn" in outputs:

@@ -2,9 +2,9 @@
 
     backbone -> neck -> tokens -> encoder -> memory -> queries -> decoder -> heads
 
-One class, `Detector`, is the whole family (DETR, Carion 2020; Deformable DETR, Zhu 2021; DN-DETR,
-Li 2022; DINO, Zhang 2023; DiffuDETR, ICLR 2026); a field of `Config` (variants.py) switches each
-idea on. Read `Detector.forward` first: it tells the story in order. Then `encode`, `proposals`,
+One class, `Detector`, is the whole family (DETR, Carion 2020; Conditional DETR, Meng 2021; DAB-DETR,
+Liu 2022; Deformable DETR, Zhu 2021; DN-DETR, Li 2022; DINO, Zhang 2023; DiffuDETR, ICLR 2026); a
+field of `Config` (variants.py) switches each idea on. Read `Detector.forward` first: it tells the story in order. Then `encode`, `proposals`,
 `first_queries`, `decode`.
 
 Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes, d channels, M
@@ -81,13 +81,23 @@ class Memory(NamedTuple):
 
 # ========================================================================= transformer layers
 
-# Attention to the image has one protocol, and two classes have it, DenseAttention and
-# msda.MSDeformAttn: `read(memory)` computes what a layer reads of the memory, once for all
-# evaluations (nn.MultiheadAttention cannot); `attn(x, pos, reference, read)` then answers queries
-# x [B, Q, d] with positions pos [B, Q, d] around reference [B, Q, levels, 2 or 4].
+# Attention to the image has one protocol, and three classes have it, DenseAttention,
+# ConditionalAttention and msda.MSDeformAttn: `read(memory)` computes what a layer reads of the
+# memory, once for all evaluations (nn.MultiheadAttention cannot); `attn(x, pos, around, read)` then
+# answers queries x [B, Q, d] with positions pos [B, Q, d]. `around` is where they look: nothing
+# (dense), the sine of the reference [B, Q, d] (conditional), or the reference itself in every
+# level's map [B, Q, levels, 2 or 4] (deformable).
+
+def attend(q, k, v, heads, allowed, dropout):
+    """Scaled dot products in `heads` parts of the channels: q [B, Q, c], k [B, S, c], v [B, S, d]
+    -> [B, Q, d]. allowed: bool, broadcast to [B, M, Q, S], or None."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+    return y.transpose(1, 2).flatten(2)
+
 
 class DenseAttention(nn.Module):
-    """Attention to all tokens (Vaswani 2017, as DETR has it): no reference is looked at."""
+    """Attention to all tokens (Vaswani 2017, as DETR has it): content and position are summed."""
 
     def __init__(self, d, heads, dropout):
         super().__init__()
@@ -98,27 +108,93 @@ class DenseAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def project(self, x, part):
-        """x [B, N, d] by the part-th third of the projection -> [B, M, N, D]."""
-        weight, bias = self.in_proj_weight.chunk(3)[part], self.in_proj_bias.chunk(3)[part]
-        return F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        """x [B, N, d] by the part-th third of the projection."""
+        return F.linear(x, self.in_proj_weight.chunk(3)[part], self.in_proj_bias.chunk(3)[part])
 
     def read(self, memory):
-        """Keys (with position) and values (without) [B, M, S, D], and what is real [B, 1, 1, S]."""
+        """Keys (with position) and values (without) [B, S, d], and what is real [B, 1, 1, S]."""
         return (self.project(memory.tokens + memory.pos, 1), self.project(memory.tokens, 2),
                 ~memory.mask[:, None, None])
 
-    def forward(self, x, pos, reference, read):
+    def forward(self, x, pos, around, read):
         keys, values, real = read
-        y = F.scaled_dot_product_attention(self.project(x + pos, 0), keys, values, attn_mask=real,
-                                           dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(self.project(x + pos, 0), keys, values, self.heads, real,
+                                    self.dropout * self.training))
+
+
+class ConditionalAttention(nn.Module):
+    """Conditional DETR's cross-attention (Meng 2021, section 3.3).
+
+    Content and position are projected apart and concatenated in every head, so that a score is
+    content . content + position . position, and position alone can point to a place: a query's is
+    the sine of its reference. In the first layer, whose content knows nothing yet, content takes
+    the learned position (queries) and the image's (keys) too.
+    """
+
+    def __init__(self, d, heads, dropout, first):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qcontent, self.qpos_sine, self.kcontent, self.kpos, self.v, self.out_proj = (
+            nn.Linear(d, d) for _ in range(6))
+        self.qpos = nn.Linear(d, d) if first else None
+        nn.init.zeros_(self.out_proj.bias)
+
+    def joined(self, content, position):
+        """Two [B, N, d] to one [B, N, 2d], head by head: [content 0, position 0, content 1, ...]"""
+        parts = [x.unflatten(-1, (self.heads, -1)) for x in (content, position)]
+        return torch.cat(parts, -1).flatten(2)
+
+    def read(self, memory):
+        content, position = self.kcontent(memory.tokens), self.kpos(memory.pos)
+        if self.qpos:
+            content = content + position
+        return self.joined(content, position), self.v(memory.tokens), ~memory.mask[:, None, None]
+
+    def forward(self, x, pos, around, read):
+        content, (keys, values, real) = self.qcontent(x), read
+        if self.qpos:
+            content = content + self.qpos(pos)
+        query = self.joined(content, self.qpos_sine(around))
+        return self.out_proj(attend(query, keys, values, self.heads, real,
+                                    self.dropout * self.training))
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """Queries x [B, Q, d] look at each other. pos [B, Q, d] is added to queries and keys, never to
+    values; blocked [Q, Q] bool, True = may not attend, or None."""
+
+    def forward(self, x, pos, blocked):
+        q = x + pos
+        return super().forward(q, q, x, attn_mask=blocked, need_weights=False)[0]
+
+
+class ConditionalSelfAttention(nn.Module):
+    """The same with projections of its own for position (Conditional DETR)."""
+
+    def __init__(self, d, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qcontent, self.qpos, self.kcontent, self.kpos, self.v, self.out_proj = (
+            nn.Linear(d, d) for _ in range(6))
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x, pos, blocked):
+        q, k = self.qcontent(x) + self.qpos(pos), self.kcontent(x) + self.kpos(pos)
+        allowed = None if blocked is None else ~blocked
+        return self.out_proj(attend(q, k, self.v(x), self.heads, allowed,
+                                    self.dropout * self.training))
 
 
 def image_attention(cfg):
-    """The layer with which tokens and queries look at the image."""
-    if cfg.attention == "dense":
-        return DenseAttention(cfg.d_model, cfg.heads, cfg.dropout)
-    return MSDeformAttn(cfg.d_model, cfg.levels, cfg.heads, cfg.points)
+    """The layer with which tokens look at the image, and queries, unless conditionally."""
+    if cfg.attention == "deformable":
+        return MSDeformAttn(cfg.d_model, cfg.levels, cfg.heads, cfg.points)
+    return DenseAttention(cfg.d_model, cfg.heads, cfg.dropout)
+
+
+def activation(cfg):
+    """Of the feed-forward blocks; PReLU's slope below zero is learned (DAB-DETR)."""
+    return nn.PReLU() if cfg.activation == "prelu" else nn.ReLU(inplace=True)
 
 
 class EncoderLayer(nn.Module):
@@ -130,7 +206,7 @@ class EncoderLayer(nn.Module):
         self.self_attn = image_attention(cfg)
         self.linear1, self.linear2 = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.activation, self.dropout = activation(cfg), nn.Dropout(cfg.dropout)
 
     def forward(self, x, memory):
         """x [B, S, d] tokens so far; memory: the Memory that they will become."""
@@ -138,21 +214,26 @@ class EncoderLayer(nn.Module):
         # Each token looks around its own centre, in [0, 1] of every level's map, padding included.
         reference = memory.centres[:, :, None] * memory.valid[:, None]  # [B, S, levels, 2]
         x = self.norm1(x + self.dropout(self.self_attn(x, memory.pos, reference, read)))
-        y = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        y = self.linear2(self.dropout(self.activation(self.linear1(x))))
         return self.norm2(x + self.dropout(y))
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among queries, cross-attention to the memory, feed-forward; post-norm each."""
+    """Self-attention among queries, cross-attention to the memory, feed-forward; post-norm each.
+    first: it is the decoder's first."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, first=False):
         super().__init__()
         d = cfg.d_model
-        self.self_attn = nn.MultiheadAttention(d, cfg.heads, cfg.dropout, batch_first=True)
-        self.cross_attn = image_attention(cfg)
+        if cfg.attention == "conditional":
+            self.self_attn = ConditionalSelfAttention(d, cfg.heads, cfg.dropout)
+            self.cross_attn = ConditionalAttention(d, cfg.heads, cfg.dropout, first)
+        else:
+            self.self_attn = SelfAttention(d, cfg.heads, cfg.dropout, batch_first=True)
+            self.cross_attn = image_attention(cfg)
         self.linear1, self.linear2 = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.activation, self.dropout = activation(cfg), nn.Dropout(cfg.dropout)
         self.time = None
         if cfg.reference == "noise":  # "add": one shift; "scale_shift": a pair for each sublayer
             blocks, width = (1, d) if cfg.time == "add" else (3, 2 * d)
@@ -166,19 +247,17 @@ class DecoderLayer(nn.Module):
         scale, shift = self.time[block](t)[:, None].chunk(2, -1)
         return x + x * (1 + scale) + shift  # x twice, as in the checkpoints' code; DiT has it once
 
-    def forward(self, x, pos, reference, read, blocked, t):
-        """x [B, Q, d] content; pos [B, Q, d], added to queries and keys, never to values; blocked
-        [Q, Q] bool, True = may not attend, or None; t [B, 4d], of the time, or None."""
+    def forward(self, x, pos, around, read, blocked, t):
+        """x [B, Q, d] content; pos [B, Q, d] position; around, read, blocked: as the attentions
+        take them; t [B, 4d], of the time, or None."""
         x = self.modulate(x, t, 0)
-        q = x + pos
-        y = self.self_attn(q, q, x, attn_mask=blocked, need_weights=False)[0]
-        x = self.norm1(x + self.dropout(y))
+        x = self.norm1(x + self.dropout(self.self_attn(x, pos, blocked)))
         if self.time is not None and len(self.time) == 1:
             x = x + self.time[0](t)[:, None]  # DiffuDETR: FFN(MSDA(SA(q) + t, r_t, O_enc))
         x = self.modulate(x, t, 1)
-        x = self.norm2(x + self.dropout(self.cross_attn(x, pos, reference, read)))
+        x = self.norm2(x + self.dropout(self.cross_attn(x, pos, around, read)))
         x = self.modulate(x, t, 2)
-        y = self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+        y = self.linear2(self.dropout(self.activation(self.linear1(x))))
         return self.norm3(x + self.dropout(y))
 
 
@@ -200,7 +279,9 @@ class Detector(nn.Module):
         if cfg.attention == "deformable":  # only encoder layers read it
             self.level_embed = nn.Parameter(torch.empty(cfg.levels, d), cfg.encoder_layers > 0)
         self.encoder = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_layers))
+        if cfg.encoder_scale and cfg.encoder_layers:
+            self.encoder_scale = MLP(d, d, d)
+        self.decoder = nn.ModuleList(DecoderLayer(cfg, l == 0) for l in range(cfg.decoder_layers))
         self.decoder_norm = nn.LayerNorm(d) if cfg.decoder_norm else nn.Identity()
 
         # Heads: one for all layers, or one each.
@@ -210,15 +291,19 @@ class Detector(nn.Module):
 
         # Where queries start.
         if cfg.reference in BOXES and cfg.content != "split":
-            self.ref_point_head = MLP(2 * d, d, d)
-            if cfg.query_scale and cfg.decoder_layers > 1:
-                self.query_scale = MLP(d, d, d)
-        elif cfg.reference not in BOXES:
+            self.ref_point_head = MLP(2 * d, d, d)  # a position from a box
+        if cfg.reference == "points" and cfg.attention == "conditional":
+            self.ref_point_head = MLP(d, d, 2)  # a point from a position
+        elif cfg.reference == "points":
+            self.reference_points = nn.Linear(d, 2)
+        if cfg.query_scale and cfg.decoder_layers > 1:
+            self.query_scale = MLP(d, d, d)
+        if cfg.size_modulation:
+            self.ref_anchor_head = MLP(d, d, 2)
+        if cfg.reference not in BOXES:
             self.query_embed = nn.Embedding(queries, 2 * d if cfg.content == "split" else d)
         if cfg.reference == "anchors":
             self.refpoint_embed = nn.Embedding(queries, 4)
-        if cfg.reference == "points":
-            self.reference_points = nn.Linear(d, 2)
         if cfg.content == "learned":
             self.tgt_embed = nn.Embedding(queries, d - mark)
         if cfg.two_stage:
@@ -227,7 +312,7 @@ class Detector(nn.Module):
         if cfg.content == "split" and cfg.reference == "proposals":
             self.pos_trans, self.pos_trans_norm = nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)
         if cfg.denoising != "none":
-            self.label_enc = nn.Embedding(cfg.num_classes + 1, d - mark)  # the last: as published
+            self.label_enc = nn.Embedding(cfg.num_classes + cfg.no_label_row, d - mark)
         if cfg.reference == "noise":
             self.time_embed = nn.Sequential(nn.Linear(d, 4 * d), nn.SiLU(), nn.Linear(4 * d, 4 * d))
             if (snr := diffusion.terminal_snr(cfg)) > 1e-2:
@@ -240,7 +325,8 @@ class Detector(nn.Module):
         """All initialisation that is not torch's default or an attention's own, in one place."""
         cfg = self.cfg
         for name in ("encoder", "decoder", "enc_output", "pos_trans", "reference_points",
-                     "ref_point_head", "query_scale", "time_embed"):
+                     "ref_point_head", "query_scale", "time_embed", "encoder_scale",
+                     "ref_anchor_head"):
             for p in getattr(self, name).parameters() if hasattr(self, name) else ():
                 if p.dim() > 1:
                     nn.init.xavier_uniform_(p)
@@ -254,23 +340,25 @@ class Detector(nn.Module):
         for head in class_heads if cfg.class_loss != "ce" else []:
             # A prior of 1%, or the many negatives swamp the first steps (Lin et al. 2017, 3.3).
             nn.init.constant_(head.bias, -math.log(99))
-        if cfg.attention == "dense":
+        if cfg.attention == "deformable":
+            for projection in self.input_proj:
+                nn.init.xavier_uniform_(projection[0].weight)
+                nn.init.zeros_(projection[0].bias)
+            nn.init.normal_(self.level_embed)
+        if cfg.reference == "none":
             return
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
-        nn.init.normal_(self.level_embed)
         for head in box_heads:
             head.load_state_dict(self.bbox_embed[0].state_dict())
             nn.init.zeros_(head[-1].weight)  # the first boxes are the references
             nn.init.zeros_(head[-1].bias)
         for head in class_heads:  # the published heads are clones of one
             head.load_state_dict(self.class_embed[0].state_dict())
-        # Points and anchors start as boxes of 12% of a side; a head that refines would shrink more.
-        if cfg.reference in ("points", "anchors") and not (cfg.refine and cfg.shared_heads):
+        # Deformable DETR's first boxes are 12% of a side; a head that refines would shrink more.
+        if (cfg.attention == "deformable" and cfg.reference in ("points", "anchors")
+                and not (cfg.refine and cfg.shared_heads)):
             for head in box_heads[:1] if cfg.refine else box_heads:
                 nn.init.constant_(head[-1].bias[2:], -2)
-        if cfg.reference == "points":
+        if hasattr(self, "reference_points"):
             nn.init.zeros_(self.reference_points.bias)
         if cfg.two_stage and cfg.content == "learned":
             nn.init.xavier_uniform_(self.tgt_embed.weight)  # DINO's effective initialisation
@@ -371,7 +459,9 @@ class Detector(nn.Module):
                         [tuple(x.shape[2:]) for x in maps], torch.stack(valids, 1),
                         torch.cat(centres, 1))
         for layer in self.encoder:
-            tokens = self.run(layer, tokens, memory)
+            # DAB-DETR: what a token has seen scales its position.
+            pos = memory.pos * self.encoder_scale(tokens) if cfg.encoder_scale else memory.pos
+            tokens = self.run(layer, tokens, memory._replace(pos=pos))
         return memory._replace(tokens=tokens)
 
     def position(self, mask, dtype):
@@ -445,7 +535,9 @@ class Detector(nn.Module):
         if cfg.content == "split":
             pos, content = pos.chunk(2, -1)
         if cfg.reference == "points":
-            reference = self.reference_points(pos).sigmoid()
+            conditional = cfg.attention == "conditional"
+            to_point = self.ref_point_head if conditional else self.reference_points
+            reference = to_point(pos).sigmoid()
 
         # Content. With proposals, learned content is DINO's mixed query selection (section 3.4):
         # boxes come from the encoder, content does not; row i belongs to the proposal of rank i.
@@ -455,6 +547,8 @@ class Detector(nn.Module):
         elif cfg.content == "memory":  # with fewer tokens than queries they are repeated
             content = chosen[0][:, torch.arange(Q, device=chosen[0].device) % chosen[0].shape[1]]
             content = content.repeat(1, groups, 1)
+        elif cfg.content == "label":  # DN-DETR: all alike, the embedding of "no label yet"
+            content = self.mark(self.label_enc.weight[-1:], 0).expand(B, groups * Q, -1)
         elif cfg.content == "zero":
             content = memory.tokens.new_zeros(B, groups * Q, cfg.d_model)
         return content, pos, reference
@@ -482,14 +576,18 @@ class Detector(nn.Module):
         # reference: where a layer looks, detached. base: what its box is predicted from.
         x, base, states, bases, around = content, reference, [], [], None
         for l, layer in enumerate(self.decoder):
-            if reference is not None:  # from [0, 1] of the image to that of each level's whole map
-                scale = memory.valid.repeat(1, 1, reference.shape[-1] // 2)
-                around = reference[:, :, None] * scale[:, None]  # [B, Q, levels, 2 or 4]
+            place, scale = reference, self.query_scale(x) if cfg.query_scale and l > 0 else 1
+            if cfg.attention == "deformable":  # from [0, 1] of the image to that of the whole maps
+                valid = memory.valid.repeat(1, 1, reference.shape[-1] // 2)
+                around = reference[:, :, None] * valid[:, None]  # [B, Q, levels, 2 or 4]
+                place = around[:, :, 0]
             if cfg.reference in BOXES and cfg.content != "split":  # DAB-DETR: MLP(sine(y, x, w, h))
-                pos = sine(around[:, :, 0, [1, 0, 2, 3]], cfg.d_model // 2, 10000).flatten(2)
+                pos = sine(place[..., [1, 0, 2, 3]], cfg.d_model // 2, 10000).flatten(2)
                 pos = self.ref_point_head(pos)
-                if cfg.query_scale and l > 0:
-                    pos = pos * self.query_scale(x)
+            if cfg.attention == "conditional":
+                around = self.positional_query(x, reference) * scale
+            elif cfg.query_scale:
+                pos = pos * scale
             x = self.run(layer, x, pos, around, read[l], blocked, t)
             states.append(x)
             bases.append(base)
@@ -507,6 +605,18 @@ class Detector(nn.Module):
             logits.append(self.head(self.class_embed, l)(h))
             boxes.append(correct(self.head(self.bbox_embed, l)(h), base, cfg.logit_eps))
         return torch.stack(logits).to(memory.centres), torch.stack(boxes), torch.stack(states)
+
+    def positional_query(self, x, reference):
+        """The sine of the reference's centre [B, Q, d], y before x: what conditional attention
+        looks for. DAB-DETR (section 4.2) divides its x part by the box's width and its y part by
+        the height, so that the attention is as wide and as high as the object."""
+        yx = sine(reference[..., [1, 0]], self.cfg.d_model // 2, 10000)  # [B, Q, 2, d / 2]
+        if self.cfg.size_modulation:
+            # The authors divide by sizes as they are; noise may be an empty box.
+            size = reference[..., 2:].clamp(min=1e-3 * (self.cfg.reference == "noise"))
+            wanted = self.ref_anchor_head(x).sigmoid()  # a width and a height
+            yx = yx * (wanted / size)[..., [1, 0], None]
+        return yx.flatten(2)
 
     def head(self, heads, layer):
         """The head of a layer: its own, or the one for all."""

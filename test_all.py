@@ -45,7 +45,8 @@ def test_variants_parameters_are_the_published_counts():
     """To the last parameter, as the authors' code counts them."""
     published = {"detr": 41_524_768, "detr_dc5": 41_524_768, "deformable": 40_069_665,
                  "deformable_single": 34_066_593, "deformable_refine": 40_849_660,
-                 "deformable_two_stage": 41_181_529, "dn": 47_429_154, "dino": 46_893_182}
+                 "deformable_two_stage": 41_181_529, "dn": 47_429_154, "dino": 46_893_182,
+                 "conditional": 43_418_401, "dab": 43_671_517, "dn_dab": 43_694_977}
     for name, count in published.items():
         with torch.device("meta"):
             built = build_model(name)
@@ -57,7 +58,9 @@ def test_variants_contradictions_say_what_to_write():
             ("detr", dict(attention="deformabel"), "choose one of"),
             ("detr", dict(levels=2), "1, 3"), ("detr", dict(levels=4), "levels=1"),
             ("detr", dict(heads=7), "heads"), ("detr", dict(heads=2.5), "whole"),
-            ("detr", dict(reference="anchors"), "attention=deformable"),
+            ("detr", dict(attention="conditional"), "reference=points"),
+            ("conditional", dict(size_modulation=True), "reference=anchors"),
+            ("dab", dict(content="label"), "denoising=dn"),
             ("detr", dict(copies=2), "class_loss=focal"), ("detr", dict(querys=3), "unknown field"),
             ("detr", dict(dilation=True, backbone="resnet18"), "bottleneck"),
             ("detr", dict(dropout=1.0), "at most"), ("detr", dict(dropout=math.nan), "at least 0"),
@@ -565,7 +568,7 @@ def test_model_time_is_added_between_self_attention_and_cross_attention():
     with torch.no_grad(), PINNED(type(layer.cross_attn), "forward",
                                  lambda *a: asked.append(a[1]) or looked):
         got = layer(x, pos, None, None, None, t)
-        y = layer.self_attn(x + pos, x + pos, x)[0]
+        y = layer.self_attn(x, pos, None)
         told = layer.norm1(x + y) + layer.time[0](t)[:, None]
         after = layer.norm2(told + looked)
         want = layer.norm3(after + layer.linear2(layer.linear1(after).relu()))

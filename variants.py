@@ -5,8 +5,9 @@ Holds `Config` (what a model is), `Recipe` (how its authors trained it) and the 
 `cfg.reference == "noise"`, not `variant == "diffu"`, so ideas combine freely and a new variant is
 one line. Read the fields of `Config` first, then the table at the end.
 
-Papers: DETR (Carion 2020), Deformable DETR (Zhu 2021), DAB-DETR (Liu 2022), DN-DETR (Li 2022), DINO
-(Zhang 2023), Align-DETR (Cai 2023), Group DETR (Chen 2023: query_groups), DiffuDETR (ICLR 2026).
+Papers: DETR (Carion 2020), Conditional DETR (Meng 2021), DAB-DETR (Liu 2022), Deformable DETR (Zhu
+2021), DN-DETR (Li 2022), DINO (Zhang 2023), Align-DETR (Cai 2023), Group DETR (Chen 2023:
+query_groups), DiffuDETR (ICLR 2026).
 """
 from dataclasses import dataclass, field, fields, replace
 
@@ -50,6 +51,7 @@ def changed(table, **changes):
 
 
 BOXES = ("anchors", "proposals", "noise")  # references that are 4-D boxes from the first layer on
+REFERS = {"reference": ("points", *BOXES)}
 PROPOSES, NOISE = {"two_stage": (True,)}, {"reference": ("noise",)}
 DEFORMABLE, DENOISES = {"attention": ("deformable",)}, {"denoising": ("dn", "cdn")}
 SEVERAL = NOISE | {"sampling_steps": range(2, 10 ** 9)}
@@ -73,13 +75,23 @@ class Config:
     dilation: bool = option(False, "DC5: the last stage keeps stride 16 and dilates its kernels")
     backbone_norm: str = option("frozen", "frozen, as published; batch: trainable, for scratch",
                                 "frozen", "batch")
+    frozen_stages: str = option(
+        "layer1", "what pretraining has learned once and for all: the stem and layer1 (DETR), the "
+        "stem alone (Align-DETR), or none of it (DiffuDINO)", "layer1", "stem", "none",
+        when={"backbone_norm": ("frozen",)})
     levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 and 5 add 3x3 stride-2 "
                          "convolutions", 1, 3, 4, 5)
     pos_temperature: float = option(10000.0, "T of the image's sine position encoding", low=1)
     pos_offset: float = option(0.0, "added to the cells' count (-0.5: their centres)", low=-1)
+    activation: str = option("relu", "of the feed-forward blocks (prelu: DAB-DETR)",
+                             "relu", "prelu")
+    encoder_scale: bool = option(False, "scale the image's position encoding before each encoder "
+                                 "layer by an MLP of the tokens (DAB-DETR)")
     # ---- attention to the image
-    attention: str = option("dense", "dense: all tokens; deformable: a few points per head",
-                            "dense", "deformable")
+    attention: str = option(
+        "dense", "how queries look at it: dense: at all tokens, content and position summed; "
+        "conditional: concatenated per head (Conditional DETR); deformable: at a few points",
+        "dense", "conditional", "deformable")
     points: int = option(4, "sampling points P per head and level", when=DEFORMABLE)
     # ---- where a query starts
     reference: str = option(
@@ -89,10 +101,12 @@ class Config:
     two_stage: bool = option(False, "the encoder proposes boxes and is supervised")
     content: str = option(
         "zero", "zero (DETR), split (Deformable: half of the position's vector), learned (DINO's "
-        "mixed query selection) or memory (the best proposals' features: published DiffuDINO)",
-        "zero", "split", "learned", "memory")
-    query_scale: bool = option(False, "scale a position made from the reference box by an MLP of "
-                               "the previous layer's output (DAB, DN)")
+        "mixed query selection), label (DN-DETR: the embedding of no label) or memory (the best "
+        "proposals' features: published DiffuDINO)", "zero", "split", "learned", "label", "memory")
+    query_scale: bool = option(False, "scale a position made from the reference by an MLP of the "
+                               "previous layer's output (Conditional, DAB, DN)")
+    size_modulation: bool = option(False, "scale that position by the reference's width and height "
+                                   "(DAB-DETR)", when={"attention": ("conditional",)})
     query_groups: int = option(1, "groups of queries in training, each matched on its own (Group "
                                "DETR, LW-DETR); inference uses the first")
     # ---- how boxes improve from layer to layer
@@ -110,6 +124,8 @@ class Config:
     # ---- denoising queries, training only (diffusion.py)
     denoising: str = option("none", "dn: reconstruct noised boxes; cdn: and reject far ones",
                             "none", "dn", "cdn")
+    no_label_row: bool = option(True, "their label embedding ends with a row for no label, which "
+                                "content=label reads, and others' files only hold", when=DENOISES)
     dn_queries: int = option(100, "cdn: positive queries, in as many groups as fit",
                              when={"denoising": ("cdn",)})
     dn_groups: int = option(5, "dn: groups of all targets", when={"denoising": ("dn",)})
@@ -137,14 +153,16 @@ class Config:
     class_loss: str = option("ce", "ce: softmax with no-object; focal; IoU-aware vfl (DiffuDINO's "
                              "code) and ia (Align-DETR)", "ce", "focal", "vfl", "ia")
     copies: int = option(1, "queries a target in all but the last layer (Align-DETR: 2)")
+    copies_rule: str = option(
+        "fair", "where they do not go round: fair: every target keeps one; published: see matcher.py"
+        ": some batches lose targets", "fair", "published", when={"copies": range(2, 10 ** 9)})
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")
     weight_class_dn: float = option(1.0, "weight of denoising's class loss", when=DENOISES)
     cost_class: float = option(1.0, "weight of the class in the matching cost")
     no_object: float = option(0.1, "weight of no-object", when={"class_loss": ("ce",)})
-    logit_eps: float = option(1e-5, "clamp of the inverse sigmoid", low=1e-9, high=0.4,
-                              when=DEFORMABLE)
+    logit_eps: float = option(1e-5, "clamp of the inverse sigmoid", low=1e-9, high=0.4, when=REFERS)
     giou_eps: float = option(0.0, "added to GIoU's denominators")
     detections: int = option(100, "the most detections kept per image")
 
@@ -158,18 +176,23 @@ class Config:
              "sine encoding and, with deformable attention, by 32 for the neck's GroupNorm"),
             (self.levels > 1 and not deformable,
              "dense attention reads one feature level: write levels=1 or attention=deformable"),
-            ((self.reference != "none" or self.two_stage or self.refine) and not deformable,
-             "references, two_stage and refine need attention=deformable"),
-            (deformable and self.reference == "none",
-             "attention=deformable looks around references: write reference=points, anchors, ..."),
+            (self.attention != "dense" and self.reference == "none", f"attention={self.attention} "
+             "looks around references: write reference=points, anchors, ..."),
             (self.dilation and self.backbone in ("resnet18", "resnet34"), "dilation needs the "
              "bottleneck blocks of backbone=resnet50 or resnet101"),
             ((self.reference == "proposals" or self.content == "memory") and not self.two_stage,
              "reference=proposals and content=memory need two_stage=True"),
             (self.content == "split" and self.reference in ("anchors", "noise"), "content=split is "
              f"half of a position that reference={self.reference} lacks: write content=learned"),
-            (self.query_scale and not boxes, "query_scale scales positions that are made from "
-             "boxes: write reference=anchors, proposals or noise, and content=learned"),
+            (self.query_scale and not boxes and self.attention != "conditional",
+             "query_scale scales positions that are made from references: write reference=anchors, "
+             "proposals or noise, and content=learned, or attention=conditional"),
+            (self.size_modulation and (self.attention != "conditional"
+                                       or self.reference not in BOXES), "size_modulation needs "
+             "attention=conditional and reference=anchors, proposals or noise"),
+            (self.content == "label" and (self.denoising == "none" or not self.no_label_row),
+             "content=label is a row of the denoising queries' label embedding: write denoising=dn "
+             "or cdn, and no_label_row=True"),
             (self.denoising != "none" and not boxes, "denoising queries are boxes with a label for "
              "content: write reference=anchors, proposals or noise, and content=learned"),
             (self.look_forward_twice and not self.refine, "look_forward_twice needs refine=True"),
@@ -244,6 +267,22 @@ def idle(names, cfg):
 detr = Config()
 detr_dc5 = detr.but(dilation=True)
 
+# Conditional DETR: position apart from content in every attention, and looked for around a point.
+# Meng 2021.
+conditional = detr.but(
+    attention="conditional", reference="points", query_scale=True, num_queries=300,
+    class_loss="focal", weight_class=2.0, cost_class=2.0)
+
+# DAB-DETR: queries are anchor boxes, corrected layer by layer, whose size says how widely to look.
+# Liu 2022. (Its code predicts by what DINO later called look forward twice.)
+dab = conditional.but(
+    reference="anchors", refine=True, look_forward_twice=True, size_modulation=True,
+    encoder_scale=True, activation="prelu", dropout=0.0, weight_class=1.0, detections=300,
+    pos_temperature=20.0, logit_eps=1e-3, giou_eps=1e-6)
+
+# DN-DETR: groups of noised ground truth to reconstruct, which need no matching. Li 2022.
+dn_dab = dab.but(denoising="dn", content="label")
+
 # Deformable DETR: attend to a few points around a reference, on four feature levels. Zhu 2021.
 deformable = detr.but(
     attention="deformable", reference="points", content="split", levels=4, pos_offset=-0.5,
@@ -255,8 +294,7 @@ deformable_two_stage = deformable_refine.but(                        # "++ two-s
     reference="proposals", two_stage=True, proposal_score="first", proposal_labels="binary",
     proposal_loss="all")
 
-# DN-DETR on Deformable: DAB-DETR's learned anchors (Liu 2022), and groups of noised ground truth to
-# reconstruct. Li 2022.
+# DN-DETR on Deformable DETR, with DAB-DETR's anchors. Li 2022.
 dn = deformable_refine.but(
     reference="anchors", content="learned", query_scale=True, denoising="dn", ffn=2048, dropout=0.0,
     weight_class=1.0, logit_eps=1e-3, giou_eps=1e-6)
@@ -268,20 +306,25 @@ dino = dn.but(
     detections=300, pos_offset=0.0, pos_temperature=20.0)
 
 # Align-DETR's idea on DINO: scores that say how good the box is (IA-BCE), and two queries a target
-# in all but the last layer. Cai 2023, whose own model has separate heads and 80 classes.
+# in all but the last layer. Cai 2023, whose own model is the second row.
 align = dino.but(class_loss="ia", copies=2)
+align_published = align.but(
+    num_classes=80, shared_heads=False, frozen_stages="stem", copies_rule="published",
+    no_label_row=False, pos_offset=-0.5, pos_temperature=10000.0)
 
 # DiffuDETR: the reference boxes are a diffusion variable, denoised in a few decoder evaluations.
 # ICLR 2026.
 diffu = deformable_two_stage.but(reference="noise", content="learned")
+diffu_dab = dab.but(reference="noise", content="learned")
 diffu_dino = dino.but(reference="noise")
 diffu_dino_published = diffu_dino.but(  # the code of the authors' checkpoints
     num_classes=80, content="memory", time="scale_shift", sampler="published", class_loss="vfl",
-    weight_class=2.0, shared_heads=False, proposal_labels="binary", dn_queries=300, pos_offset=-0.5,
-    pos_temperature=10000.0)
+    weight_class=2.0, shared_heads=False, proposal_labels="binary", dn_queries=300,
+    frozen_stages="none", pos_offset=-0.5, pos_temperature=10000.0)
 diffu_align = align.but(reference="noise")
 diffu_align_published = diffu_dino_published.but(
-    class_loss="ia", copies=2, proposal_labels="true", weight_class=1.0, dn_queries=100)
+    class_loss="ia", copies=2, copies_rule="published", proposal_labels="true", weight_class=1.0,
+    dn_queries=100, frozen_stages="stem")
 
 VARIANTS = {name: row for name, row in globals().items() if isinstance(row, Config)}
 
@@ -293,7 +336,7 @@ _align = Recipe(epochs=24, lr_drop=20 / 24, decay_norms=False)
 RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
     **{name: _deformable for name in VARIANTS if name.startswith("deformable")},
-    "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": _align,
+    "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": _align, "align_published": _align,
     "diffu_align": _align.but(ema=0.999), "diffu_align_published": _align.but(ema=0.999),
 }
 

@@ -45,11 +45,14 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"^backbone\.0\.body\.", "backbone."),
     (r"^input_proj\.(weight|bias)$", r"input_proj.0.\1"),  # DETR's only level
     (r"^transformer\.(encoder|decoder)\.layers\.", r"\1."),
+    (r"^transformer\.encoder\.query_scale\.", "encoder_scale."),
     (r"^transformer\.decoder\.norm\.", "decoder_norm."),
     (r"^transformer\.decoder\.", ""),  # its MLPs; and its second names of the heads
     (r"^transformer\.", ""),
     (r"^enc_out_(class|bbox)_embed\.", r"enc_\1_embed."),
     (r"\.multihead_attn\.", ".cross_attn."),
+    (r"\.sa_(\w+)_proj\.", r".self_attn.\1."),  # Conditional DETR's
+    (r"\.ca_(\w+)_proj\.", r".cross_attn.\1."),
     (r"^(class_embed|bbox_embed)\.(weight|bias|layers)\b", r"\1.0.\2"),  # DETR's only head
     (r"\.layers\.(\d)\.", lambda m: f".{2 * int(m[1])}."),  # an MLP's layers, ReLUs between
 ]]
@@ -60,6 +63,10 @@ IGNORED = re.compile(r"(total_params|total_ops|num_batches_tracked)$|^betas$|^po
 
 # What a model is, by our names of its tensors ("-": it lacks this one); the first row that fits.
 SIGNS = [(tuple(names.split()), variant) for names, variant in [
+    ("decoder.0.self_attn.qpos.weight time_embed.0.weight", "diffu_dab"),
+    ("decoder.0.self_attn.qpos.weight label_enc.weight", "dn_dab"),
+    ("decoder.0.self_attn.qpos.weight refpoint_embed.weight", "dab"),
+    ("decoder.0.self_attn.qpos.weight", "conditional"),
     ("time_embed.0.weight -tgt_embed.weight", "diffu_dino_published"),
     ("time_embed.0.weight label_enc.weight", "diffu_dino"),
     ("time_embed.0.weight", "diffu"),
@@ -72,7 +79,7 @@ SIGNS = [(tuple(names.split()), variant) for names, variant in [
     ("input_proj.0.weight", "detr"),
 ]]
 # Parts of published names of the family's members that have no variant here yet.
-FOREIGN = re.compile(r"mask_head\.|patch_embed|patterns_embed|sa_qcontent_proj")
+FOREIGN = re.compile(r"mask_head\.|patch_embed|patterns")
 # ResNets by the number of blocks in layer3, and of convolutions in a block.
 RESNETS = {(2, 2): "resnet18", (6, 2): "resnet34", (6, 3): "resnet50", (23, 3): "resnet101"}
 
@@ -186,9 +193,10 @@ def detect(state, name=""):
     if foreign or variant is None:
         raise WeightsError(f"{name or 'the state dict'}: not one of {', '.join(variants.VARIANTS)}:"
                            f" it has {', '.join((foreign or [*state])[:3])}")
-    dilated = "dc5" in name.lower()
+    dilated, detrex = "dc5" in name.lower(), any(k.startswith("backbone.res") for k in state)
     if "align" in name.lower():  # DINO's model
-        variant = {"dino": "align"}.get(variant, variant.replace("diffu_dino", "diffu_align"))
+        variant = {"dino": "align_published" if detrex else "align"}.get(
+            variant, variant.replace("diffu_dino", "diffu_align"))
     elif dilated and variant == "detr":
         variant = "detr_dc5"
     row = variants.VARIANTS[variant]
@@ -210,6 +218,8 @@ def detect(state, name=""):
         points=offsets and offsets // (row.heads * levels * 2),
         backbone=RESNETS.get((count(r"backbone\.layer3\.(\d+)\."),
                               count(r"backbone\.layer1\.0\.conv(\d)\."))))
+    if detrex:  # DINO as detrex has it
+        found |= dict(shared_heads=False, pos_offset=-0.5, pos_temperature=10000.0)
     if "backbone.bn1.weight" in state:  # our names tell more
         found["shared_heads"] = "bbox_embed.1.0.weight" not in shape
         batch = "backbone.bn1.num_batches_tracked" in state

@@ -264,6 +264,8 @@ CASES = {  # [(what is compared, with which file, a run's variant, options, chan
     "transforms": [(transforms, "out")],
     "msda": [(operator, "out")],
     "detr-r50": [(run, "out", "detr", "gradients")],
+    "conditional-r50": [(run, "out", "conditional", "gradients")],
+    "dab-r50": [(run, "out", "dab", "gradients")],
     "deformable-r50": [(run, "out", "deformable", "gradients")],
     "deformable-two-stage-r50": [(run, "out", "deformable_two_stage", "gradients")],
     "dn-deformable-r50": [(run, "out", "dn"), (
