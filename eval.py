@@ -4,6 +4,7 @@
     python eval.py --weights best.pth --images cat.jpg holiday/       boxes drawn, predictions.json
     python eval.py --weights diffu.pth --images cat.jpg --trajectory  and the way there from noise
     python eval.py --compare out/dn-toy out/dino-toy                  runs' curves, while they train
+    python eval.py --queries out/detr-toy                             where each query looks
 """
 import argparse
 import contextlib
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import diffusion
+import matcher
 import runs
 import variants
 import weights
@@ -319,6 +321,51 @@ def compare_runs(folders, out):
     return found
 
 
+@torch.no_grad()
+def query_habits(model, dataset, batch_size=4, workers=0, limit=None):
+    """What each query does over a data set's images -> (centres [N, Q, 2] of its boxes in [0, 1],
+    scores [K] of near misses: boxes whose best IoU with an object is 0.3 to 0.5)."""
+    device, centres, near = next(model.eval().parameters()).device, [], []
+    count = min(limit or len(dataset), len(dataset))
+    batches = [range(count)[i:i + batch_size] for i in range(0, count, batch_size)]
+    for images, mask, targets in data.loader(dataset, batches, workers, device):
+        outputs = model(images.to(device), mask.to(device))
+        boxes, logits = outputs["boxes"][-1].cpu(), outputs["logits"][-1].cpu()
+        softmax = model.cfg.class_loss == "ce"
+        scores = (logits.softmax(-1)[..., :-1] if softmax else logits.sigmoid()).amax(-1)
+        centres.append(boxes[..., :2])
+        for box, score, target in zip(boxes, scores, targets):
+            if len(target["boxes"]):
+                iou = matcher.overlaps(box[:, None], target["boxes"])[0].amax(1)
+                near.append(score[(iou >= 0.3) & (iou < 0.5)])
+    return torch.cat(centres), torch.cat([torch.zeros(0), *near])
+
+
+def draw_queries(folders, out, **loading):
+    """Query specialization (DETR, section 4.3): a panel for every run of each query's mean centre
+    over the run's validation images, coloured by how far it strays from there -> a line for every
+    run: that, and how many near misses score above 0.5 (DINO's contrast should reject them)."""
+    from matplotlib.figure import Figure
+    figure, lines = Figure(figsize=(5.5 * len(folders), 5), layout="constrained"), []
+    for axis, folder in zip(figure.subplots(1, len(folders), squeeze=False)[0], folders):
+        model, meta = weights.load_checkpoint(Path(folder) / "best.pth")
+        chosen, recipe = json.loads((Path(folder) / "run.json").read_text())["run"], meta["recipe"]
+        transform = data.eval_transform(recipe["image_size"], recipe["max_size"])
+        dataset = data.open_data(chosen["data"], chosen["data_root"], "val", transform,
+                                 meta["category_ids"], recipe["image_size"])
+        centres, near = query_habits(model, dataset, **loading)
+        x, y = centres.mean(0).T
+        strays = (centres - centres.mean(0)).norm(dim=-1).mean(0)
+        points = axis.scatter(x, y, c=strays, vmin=0, cmap="viridis")
+        figure.colorbar(points, label="mean distance from there, in image sides")
+        axis.set(title=f"{folder}: {len(x)} queries", xlim=(0, 1), ylim=(1, 0), aspect="equal")
+        lines.append(f"{folder}: a query strays {strays.mean():.3f} of a side from its mean centre;"
+                     f" {(near > 0.5).double().mean():.1%} of {len(near)} near misses (IoU 0.3 to "
+                     "0.5 with an object) score above 0.5")
+    figure.savefig(out, dpi=130)
+    return lines
+
+
 # =================================================================================== command line
 
 def run(argv):
@@ -328,6 +375,7 @@ def run(argv):
     what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO's layout")
     what.add_argument("--images", nargs="+", help="find objects in images, or in folders of them")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs")
+    what.add_argument("--queries", nargs="+", metavar="RUN", help="draw where their queries look")
     add("--out", type=Path, help="a folder; with --data, a .json file; with --compare, an image")
     add("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
@@ -341,16 +389,18 @@ def run(argv):
     for name in variants.SAMPLING:
         runs.add_field(parser, variants.FIELDS[name])
     args = parser.parse_args(argv)
-    if not args.compare and not args.weights:
+    if not (args.compare or args.queries or args.weights):
         parser.error("--weights is missing: which checkpoint?")
     for name, least in dict(image_size=1, batch_size=1, limit=1, workers=0, score=0).items():
         if not least <= (least if getattr(args, name) is None else getattr(args, name)):
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     runs.start()
-    if args.compare:
-        out = args.out or Path("out/compare.png")
+    if args.compare or args.queries:
+        out = args.out or Path("out/compare.png" if args.compare else "out/queries.png")
         out.parent.mkdir(parents=True, exist_ok=True)
-        print(*compare_runs(args.compare, out), f"curves in {out}", sep="\n")
+        lines = compare_runs(args.compare, out) if args.compare else draw_queries(
+            args.queries, out, batch_size=args.batch_size, workers=args.workers, limit=args.limit)
+        print(*lines, f"picture: {out}", sep="\n")
         return 0
     sampling = {k: v for k in variants.SAMPLING if (v := getattr(args, k)) is not None}
     model, meta = weights.load_checkpoint(args.weights, **sampling)

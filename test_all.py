@@ -42,7 +42,7 @@ LAWS = ("gaussian", "sigmoid_gaussian", "beta")
 # ============================================================================== variants.py
 
 def test_variants_parameters_are_the_published_counts():
-    """To the last parameter, as the authors' code counts them."""
+    """To the last parameter, as the authors' code counts them, trained ones too."""
     published = {"detr": 41_524_768, "detr_dc5": 41_524_768, "deformable": 40_069_665,
                  "deformable_single": 34_066_593, "deformable_refine": 40_849_660,
                  "deformable_two_stage": 41_181_529, "dn": 47_429_154, "dino": 46_893_182,
@@ -51,6 +51,11 @@ def test_variants_parameters_are_the_published_counts():
         with torch.device("meta"):
             built = build_model(name)
         assert sum(p.numel() for p in built.parameters()) == count, name
+    for stages, fixed in (("layer1", 222_400), ("stem", 9_408), ("none", 0)):
+        with torch.device("meta"):
+            built = build_model("dab", frozen_stages=stages)
+        trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
+        assert trained == published["dab"] - fixed, stages
 
 
 def test_variants_contradictions_say_what_to_write():
@@ -185,6 +190,23 @@ def test_matcher_align_serves_every_target():
             assert len(own) == layers[2 * l + b] and len(own.unique()) == min(counts[b], 7)
         total, _ = matcher.Criterion(cfg)({"logits": logits, "boxes": boxes}, targets)
         assert torch.isfinite(total)
+
+
+def test_matcher_align_as_published_leaves_targets_out():
+    """Its k is at most half of the queries a target, and stays low for the batch's next images."""
+    for counts, k in (((5, 3), [2, 2]), ((10, 3), [1, 1]), ((3, 20, 3), [2, 0, 0]), ((0, 4), [2, 2])):
+        cfg = variants.align.but(num_classes=5, num_queries=30, copies_rule="published")
+        logits, boxes, targets = predictions(2, counts, 30)
+        ((layer, image, _, _),) = matcher.match([(logits, boxes, targets)], cfg, [[2, 1]])
+        for l, b in itertools.product(range(2), range(len(counts))):
+            want = counts[b] * min(k[b], 2 - l)
+            assert ((layer == l) & (image == b)).sum() == want, (counts, l, b)
+        losses = matcher.Criterion(cfg)({"logits": logits, "boxes": boxes}, targets)[1]["main"]
+        owners = [(b, g, [q]) for l, b, q, g in zip(*matcher.match(
+            [(logits, boxes, targets)], cfg, [[2, 1]])[0]) if l == 1]
+        want = ia_losses(logits[1], boxes[1], targets, owners, cfg.giou_eps)
+        for name, value in want.items():
+            assert torch.allclose(losses[name][1], torch.as_tensor(value) / sum(counts)), name
 
 
 def test_matcher_align_denoising_pairs_all_weigh_one():
@@ -594,7 +616,11 @@ def test_model_ideas_combine():
             ("diffu", dict(denoising="cdn", look_forward_twice=True)),
             ("dino", dict(content="memory", query_groups=2)), ("dn", dict(decoder_layers=1)),
             ("diffu", dict(time="scale_shift", content="memory")),
-            ("deformable", dict(content="zero")),
+            ("deformable", dict(content="zero")), ("detr", dict(reference="anchors")),
+            ("detr", dict(refine=True)), ("conditional", dict(refine=True, content="split")),
+            ("detr", dict(class_loss="focal", two_stage=True, reference="proposals")),
+            ("dab", dict(reference="proposals", two_stage=True, denoising="cdn")),
+            ("dn", dict(content="label")), ("dab", dict(query_groups=2)),
             ("dino", dict(class_loss="vfl", denoising="dn")), ("dino", dict(encoder_layers=0)),
             ("dino", dict(refine=False, look_forward_twice=False)),
             ("dn", dict(two_stage=True, content="zero", denoising="none"))]:
