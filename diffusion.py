@@ -116,7 +116,9 @@ def signal_rates(schedule, timesteps):
 
     `linear` and `sqrt` are the published code's, and so are their names.
     cosine: Nichol & Dhariwal 2021, s = 0.008, betas at most 0.999; ends at 2.4e-7 for T = 100.
-    linear: sqrt(beta) evenly spaced from 1e-2 to 1.41e-1; ends at 0.485: x_T is not pure noise.
+    linear: sqrt(beta) evenly spaced from 1e-2 to 1.41e-1; ends at 0.485: training never shows the
+            pure noise with which inference begins (Lin et al. 2023, "Common diffusion noise
+            schedules and sample steps are flawed").
     sqrt:   beta = sqrt of evenly spaced 1e-4 to 2e-2; ends at 4.6e-5.
     """
     evenly = functools.partial(torch.linspace, dtype=torch.float64, device="cpu")  # not "meta"
@@ -128,16 +130,6 @@ def signal_rates(schedule, timesteps):
     else:
         betas = evenly(1e-4, 2e-2, timesteps) ** 0.5
     return (1 - betas).cumprod(0)
-
-
-def terminal_snr(cfg):
-    """Signal-to-noise ratio of x_T, alpha-bar_T / (1 - alpha-bar_T); inference starts at ratio 0.
-
-    At T = 100: cosine 2.4e-7, sqrt 4.6e-5, linear 0.94: linear never shows what the sampler begins
-    with (Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed").
-    """
-    rate = signal_rates(cfg.schedule, cfg.timesteps)[-1].item()
-    return rate / (1 - rate)
 
 
 def draw_noise(law, *shape, generator=None, dtype=torch.float32, device=None):

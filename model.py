@@ -11,7 +11,6 @@ Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes,
 heads, D channels a head.
 """
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -315,10 +314,6 @@ class Detector(nn.Module):
             self.label_enc = nn.Embedding(cfg.num_classes + cfg.no_label_row, d - mark)
         if cfg.reference == "noise":
             self.time_embed = nn.Sequential(nn.Linear(d, 4 * d), nn.SiLU(), nn.Linear(4 * d, 4 * d))
-            if (snr := diffusion.terminal_snr(cfg)) > 1e-2:
-                warnings.warn(f"schedule={cfg.schedule} with timesteps={cfg.timesteps} ends at a "
-                              f"signal-to-noise ratio of {snr:.2g}, and inference starts from pure "
-                              "noise: cosine, or more timesteps, end near 0", stacklevel=2)
         self.reset_parameters()
 
     def reset_parameters(self):

@@ -302,14 +302,6 @@ def test_denoising_groups_are_independent_and_never_leak():
 
 # ============================================================ diffusion.py: noise and forward
 
-def test_diffusion_a_schedule_that_still_shows_the_boxes_at_the_end_warns():
-    for schedule in ("cosine", "linear", "sqrt"):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            small("diffu", schedule=schedule)
-        assert ["pure noise" in str(w.message) for w in caught] == [True] * (schedule == "linear")
-
-
 def test_diffusion_noise_laws_are_what_they_say():
     """Each is drawn from its own distribution (Kolmogorov-Smirnov), has mean 0 and variance 1; so
     x_t has mean sqrt(a) x_0 and variance 1 - a, at each t of each schedule."""

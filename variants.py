@@ -134,7 +134,8 @@ class Config:
     box_noise: float = option(0.4, "how far denoising boxes move: diffusion.py", when=DENOISES)
     # ---- the diffusion of reference boxes (diffusion.py)
     timesteps: int = option(100, "T, the steps of the forward process", when=NOISE)
-    schedule: str = option("cosine", "noise schedule", "cosine", "linear", "sqrt", when=NOISE)
+    schedule: str = option("cosine", "noise schedule (linear never reaches pure noise)",
+                           "cosine", "linear", "sqrt", when=NOISE)
     noise: str = option("gaussian", "law of the noise; each has mean 0 and variance 1",
                         "gaussian", "sigmoid_gaussian", "beta", when=NOISE)
     signal_scale: float = option(2.0, "boxes are noised as (2c - 1) * scale", low=0.01, when=NOISE)

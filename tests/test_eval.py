@@ -121,6 +121,23 @@ def test_eval_compare():
         assert code == 0 and Path(folder, "compare.png").exists()
 
 
+def test_eval_queries():
+    """Where a query looks on average and how far it strays; near misses, sure ones and others."""
+    model = Oracle(dataset := toy(2))
+    for _, boxes in model.answers.values():
+        boxes[0, 0] += boxes[0, 2] / 2  # half beside its object: IoU 1/3
+        boxes[7] = boxes[0]  # the same with a low score
+    first, second = (boxes[:, :2] for _, boxes in model.answers.values())
+    with tempfile.TemporaryDirectory() as folder:
+        run = {"data": "toy", "data_root": None}
+        Path(folder, "run.json").write_text(json.dumps({"run": run}))
+        code, said = command(f"--queries {folder} --out {folder}/q.png --limit 2 --workers 0",
+                             model, meta(toy(2)))
+        assert code == 0 and Path(folder, "q.png").exists()
+    strays = ((first - second).norm(dim=-1) / 2).mean()
+    assert f"strays {strays:.3f} of" in said and "50.0% of 4 near misses" in said, said
+
+
 def test_eval_predict():
     """Folders, a damaged file, equal names, boxes in pixels; nothing is written over."""
     model = Oracle(dataset := toy(1))
