@@ -27,16 +27,16 @@ def small(name, **overrides):
     return build_model(name, **SMALL | overrides)
 
 
-def batch(counts=(3, 1), size=96, seed=0):
+def batch(counts=(3, 1), size=96, dtype=torch.float32):
     """Random images, all but the first smaller and padded, with so many boxes each."""
-    g, B = torch.Generator().manual_seed(seed), len(counts)
+    g, B = torch.Generator().manual_seed(0), len(counts)
     images, mask = torch.randn(B, 3, size, size, generator=g), torch.zeros(B, size, size).bool()
     mask[1:, size * 3 // 4:] = mask[1:, :, size * 2 // 3:] = True
     images[mask[:, None].expand_as(images)] = 0
     least = torch.tensor([0.35, 0.35, 0.1, 0.1])
     targets = [{"labels": torch.randint(0, 5, (n,), generator=g),
-                "boxes": torch.rand(n, 4, generator=g) * 0.3 + least} for n in counts]
-    return images, mask, targets
+                "boxes": (torch.rand(n, 4, generator=g) * 0.3 + least).to(dtype)} for n in counts]
+    return images.to(dtype), mask, targets
 
 
 def error_of(function, *args, kind=Exception, **kwargs):

@@ -6,7 +6,6 @@ import re
 import tempfile
 import unittest
 import warnings
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -94,7 +93,7 @@ def test_msda_equals_its_definition_at_borders_and_nan():
 
 
 def test_msda_is_an_operator_of_torch():
-    """Gradients, fake tensors, compile, export and autocast; a second derivative is refused."""
+    """Gradients, fake tensors, compile and export; a second derivative is refused."""
     for R in (2, 4):
         value, shapes, offsets, *rest = inputs(Q=3, P=1, R=R)
         *tensors, sizes = flat(value, shapes, offsets.clamp(-4, 4), *rest)
@@ -118,10 +117,6 @@ def test_msda_is_an_operator_of_torch():
     assert any("mindetr.msda" in str(node.target) for node in exported.graph.nodes)
     for got in (compiled, exported.module()(*args)):
         assert torch.allclose(got, want, atol=1e-6)
-    with torch.autocast("cpu", dtype=BF16):  # the value is half, the reference stays float32
-        half = layer(*args[:3], (value.bfloat16(), args[3][1]))
-        half.square().sum().backward()
-    assert half.dtype == BF16 and torch.allclose(half.float(), want, atol=0.1)
 
 
 def test_msda_needs_no_compiler():
@@ -164,27 +159,20 @@ def test_msda_kernel_is_compiled_by_nvrtc():
             assert cuda.compiled(config, 9, 0) == file and file.stat().st_size > 1000
 
 
-def test_msda_on_a_gpu_refuses_to_be_deterministic():
-    args = torch.ones(2, 6, 12, dtype=F64), *flat(*inputs()), True
+def test_msda_refuses_wrong_arguments_and_on_a_gpu_to_be_deterministic():
+    value, *rest, reference = inputs()
+    args = torch.ones(2, 6, 12, dtype=F64), *flat(value, *rest, reference), True
     with mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: True):
         assert "fixed order" in error_of(cuda.backward, *args, kind=RuntimeError)
-
-
-def test_msda_wrong_arguments_are_named():
-    value, *rest, reference = inputs()
     for name, args in {"value": (value[:, 1:], *rest, reference),
                        "reference": (value, *rest, reference.to("meta"))}.items():
         assert error_of(msda.msda, *args, kind=ValueError).startswith(name)
 
 
-def test_msda_layer_looks_around_and_never_at_padding():
+def test_msda_layer_looks_around():
     """At first head m looks in direction 2 pi m / M, point k at k + 1 cells, whatever the query."""
     layer, x = msda.MSDeformAttn(32, levels=1, heads=8, points=4), torch.randn(1, 12, 32)
     offset = layer.sampling_offsets(x[:, :3]).view(3, 8, 4, 2)
     assert torch.allclose(offset[:, 0, 2], torch.tensor([3.0, 0.0]), atol=1e-5)
     assert torch.allclose(offset[:, 3, 1], torch.tensor([-2.0, 2.0]), atol=1e-5)
     assert layer.attention_weights(x).abs().max() == 0
-    mask, reference = torch.arange(12)[None] >= 8, torch.rand(1, 12, 1, 4)
-    assert torch.equal(*(layer(x, x, reference, layer.read(
-        SimpleNamespace(tokens=tokens, mask=mask, shapes=[(3, 4)])))
-        for tokens in (x, x.masked_fill(mask[..., None], 99.0))))
