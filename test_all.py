@@ -381,7 +381,7 @@ def check_shapes(built, images, mask, targets):
     with PINNED(torch.Tensor, "cpu", lambda x: calls.append(x) or real(x)):
         _, losses = matcher.Criterion(cfg)(outputs, targets)
     assert ("enc" in losses) == cfg.two_stage and ("dn" in losses) == (cfg.denoising != "none")
-    L, Q = cfg.decoder_layers, 20 * cfg.query_groups
+    L, Q = cfg.decoder_layers, cfg.num_queries * cfg.query_groups
     assert len(calls) == 1 and outputs["logits"].shape == (L, 2, Q, cfg.logits)
     assert outputs["boxes"].shape == (L, 2, Q, 4) and outputs["states"].shape[:3] == (L, 2, Q)
 
@@ -443,7 +443,8 @@ def test_model_every_row():
             ("diffu", dict(time="scale_shift", content="memory")),
             ("deformable", dict(content="zero")), ("detr", dict(reference="anchors")),
             ("detr", dict(refine=True)), ("conditional", dict(refine=True, content="split")),
-            ("detr", dict(class_loss="focal", two_stage=True, reference="proposals", num_queries=9)),
+            ("detr", dict(class_loss="focal", two_stage=True, reference="proposals",
+                          num_queries=9)),
             ("dab", dict(reference="proposals", two_stage=True, denoising="cdn", num_queries=9)),
             ("dn", dict(content="label")), ("dab", dict(query_groups=2)),
             ("dino", dict(class_loss="vfl", denoising="dn")), ("dino", dict(encoder_layers=0)),

@@ -123,7 +123,7 @@ def test_eval_compare():
 
 def test_eval_queries():
     """Where a query looks on average and how far it strays; near misses, sure ones and others."""
-    model = Oracle(dataset := toy(2))
+    model = Oracle(toy(2))
     for _, boxes in model.answers.values():
         boxes[0, 0] += boxes[0, 2] / 2  # half beside its object: IoU 1/3
         boxes[7] = boxes[0]  # the same with a low score
