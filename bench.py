@@ -236,7 +236,8 @@ def bench_score(args, images=5000, detections=300):
 
 
 def bench_kill(args):
-    """A run of seconds: its memory must not grow; killed and resumed, it ends in the same bits."""
+    """A run of seconds: its memory must not grow with its steps (soak, --steps 200 and 2000);
+    killed and resumed, it ends in the same bits."""
     kills, steps = (20, args.steps or 100) if args.what == "kill" else (0, args.steps or 2000)
     new = f"""--variant diffu_dino --overfit 8 --batch-size 4 --micro-batch 2 --eval-every 10
         --ema 0.9 --image-size 64 --max-size 64 --queries 10 --d-model 64 --ffn 64 --heads 4
@@ -244,10 +245,8 @@ def bench_kill(args):
         --steps {steps} --save-steps {1 if kills else 100} --out""".split()
     with tempfile.TemporaryDirectory() as root:
         whole, cut, rng, stops = Path(root, "whole"), Path(root, "cut"), random.Random(0), []
-        _, spell = apart(lambda: train.main([*new, str(whole)]))
-        lines = map(json.loads, open(whole / "log.jsonl"))
-        peak = [(line["step"], round(line["memory_mb"])) for line in lines if "memory_mb" in line]
-        print("peak memory, (step, MB):", *peak[::len(peak) // 4 + 1], peak[-1])
+        peak, spell = apart(lambda: train.main([*new, str(whole)]))
+        print(f"{steps} steps: {peak:.0f} MB at the peak")
         for left in range(kills, -1, -1) if kills else ():  # the last life ends by itself
             saved = any(cut.glob("last*.pth"))
             stops.append(runs.read_last(cut)[1]["step"] if saved else 0)
@@ -314,7 +313,7 @@ def score_of(args, seed, trained, sampling):
         model, meta = weights.load_checkpoint(runs.read_last(folder)[0], **sampling)
         size, longest = (meta["recipe"][k] for k in ("image_size", "max_size"))
         images = data.open_data(args.data, None, "val", data.eval_transform(size, longest),
-                                meta["category_ids"], size, toy_count=500)
+                                dict(zip(meta["category_ids"], meta["classes"])), size, 500)
         kept.write_text(str(evaluation.evaluate(model, images, 8, progress=False)[0]["AP"]))
     return float(kept.read_text())
 

@@ -1,12 +1,9 @@
 """Images and boxes: folders in COCO's layout, toy shapes that need no download, batches.
 
-    image + boxes in pixels  ->  images [B,3,H,W], mask [B,H,W] (True = padding), targets: [dict]
-
 Boxes in pixels (xyxy) stay inside this file; what leaves it is cx, cy, w, h in [0, 1] of the
 un-padded image. All randomness comes from a seed that travels with a sample's index: a run repeats
 with any number of workers, and resumes within an epoch. Read `Images` first: how a sample is made.
 """
-import gc
 import json
 import math
 import os
@@ -20,14 +17,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's (R, G, B), on which the
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)  # backbones were pretrained
 
 
 class DataError(Exception):
-    """The user's data is at fault. The message names the file, image id or key, and the remedy."""
+    """The user's data is at fault: what is wrong where, and the remedy."""
 
 
 # ======================================================================= one image, one sample
@@ -51,24 +48,14 @@ def read_image(path, size=None):
                         "from the data.") from None
 
 
-def to_bytes(image):
-    """PIL image, RGB -> uint8 [3,H,W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def normalised(image, out=None):
     """uint8 -> float32 [3,H,W] (in `out` if given); to_tensor and normalize to the last bit."""
     out = torch.empty(image.shape) if out is None else out
     return out.copy_(image).div_(255).sub_(MEAN).div_(STD)
 
 
-def to_pil(image):
-    """Normalised float tensor [3,H,W] -> PIL image, for people to look at."""
-    return to_pil_image(((image.cpu().float() * STD + MEAN) * 255).round().clamp(0, 255).byte())
-
-
 class Images(Dataset):
-    """What the data sets share. Subclasses provide `image_ids`, `transform` and
+    """What the data sets share. Subclasses provide `image_ids`, `sizes`, `transform`, `rows` and
     read(i) -> (PIL image, boxes float32 [n,4] xyxy in pixels, labels int64 [n])."""
 
     def __len__(self):
@@ -85,23 +72,34 @@ class Images(Dataset):
             image, boxes, labels = self.transform(image, boxes, labels, random.Random(seed))
         boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh")
         target |= dict(boxes=boxes / torch.tensor(image.size * 2), labels=torch.from_numpy(labels))
-        return to_bytes(image), target | dict(size=torch.tensor(image.size[::-1]))
+        return pil_to_tensor(image), target | dict(size=torch.tensor(image.size[::-1]))
 
-    def name_labels(self, categories, category_ids, file):
-        """COCO's categories -> category_ids [C] (by label), classes [C], label_of {id: label}."""
+    def name_labels(self, categories, known, file):
+        """COCO's categories, and `known` ones {id: name} if they count the labels -> category_ids
+        and classes [C] by label, label_of {id: label}, which has the ids in the file."""
         names = {record["id"]: str(record.get("name", "?")) for record in categories}
-        self.category_ids = ids = sorted(names) if category_ids is None else list(category_ids)
-        if strange := sorted(set(names) - set(ids)):
-            raise DataError(f"{file}: category ids {strange} are not among {ids}, those of the "
-                            "training images or of the checkpoint. Use data with these.")
-        self.classes = [names.get(key, "N/A") for key in ids]
-        self.label_of = {key: label for label, key in enumerate(ids) if key in names}
+        labels = known or dict(sorted(names.items()))
+        for key, name in names.items():
+            if labels.get(key) != name:  # the same ids may mean other things
+                raise DataError(f"{file}: category {key} is {name!r}, {labels.get(key, 'unknown')} "
+                                "in the training images or checkpoint: use the same categories")
+        self.category_ids, self.classes = [*labels], [*labels.values()]
+        self.label_of = {key: label for label, key in enumerate(labels) if key in names}
+
+    def ground_truth(self):
+        """COCO's file of `rows`: crowds and boxes without area count in pycocotools."""
+        images = [dict(id=key, width=int(w), height=int(h))
+                  for key, (w, h) in zip(self.image_ids, self.sizes)]
+        boxes = [dict(id=n, image_id=self.image_ids[int(i)], bbox=box, iscrowd=int(crowd),
+                      area=area, category_id=self.category_ids[int(label)])
+                 for n, (i, label, crowd, area, *box) in enumerate(self.rows(), 1)]
+        return dict(info={}, images=images, annotations=boxes, categories=[
+            dict(id=key, name=self.classes[label]) for key, label in self.label_of.items()])
 
 
 def resized(w, h, size, max_size=None):
     """(h, w) after the published resize: short side `size`, long side at most `max_size` pixels.
-    The rounding is part of the published numbers: the cap rounds the short side (half to even) and
-    the long side is truncated, so that 640x200 becomes 1334x417, one pixel above the cap."""
+    The rounding is part of the published numbers: 640x200 becomes 1334x417, above the cap."""
     short, long = min(w, h), max(w, h)
     if max_size is not None and long / short * size > max_size:
         size = max(1, round(max_size * short / long))
@@ -141,10 +139,7 @@ def _transform(image, boxes, labels, rng, size, max_size, flip, crop, exact):
 
 
 def train_transform(size=800, max_size=1333, flip=True, crop=True, exact=False):
-    """DETR's training recipe, as published at size 800: flip 0.5; then with 0.5 a resize to one of
-    {480, 512, ..., 800}, long side at most max_size; else a resize to {400, 500, 600}, a random
-    crop with sides from 384 to min(side, 600), then the first resize. Another `size` scales all but
-    max_size. crop=False: flip, one scale. exact: PIL's bytes.
+    """DETR's training recipe; another `size` than 800 scales all but max_size. exact: PIL's bytes.
     Returns f(PIL image, boxes [n,4] xyxy, labels [n], random.Random) -> (image, boxes, labels)."""
     return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop, exact=exact)
 
@@ -173,11 +168,10 @@ def _load_json(file):
 
 class CocoFolder(Images):
     """A folder in COCO's layout, whose annotations are checked when it is opened.
-    category_ids: label -> category id, as a checkpoint has it; None: the file's, sorted.
-    Attributes: image_ids [N], category_ids and classes [C] (names; "N/A": not in the file), summary
-    (one line). Raises DataError."""
+    known: {category id: name} by label, as of a checkpoint; None: the file's, sorted.
+    Attributes: image_ids [N], category_ids and classes [C], summary (a line)."""
 
-    def __init__(self, root, split="train2017", transform=None, category_ids=None):
+    def __init__(self, root, split="train2017", transform=None, known=None):
         self.root, self.split, self.transform = root, split, transform
         self.file = os.path.join(root, "annotations", f"instances_{split}.json")
         for what in (self.file, os.path.join(root, split)):
@@ -186,7 +180,7 @@ class CocoFolder(Images):
                                 "and annotations/instances_{train2017,val2017}.json, like COCO: "
                                 "https://cocodataset.org/#download. Or use 'toy'.")
         coco = _load_json(self.file)
-        self.name_labels(coco["categories"], category_ids, self.file)
+        self.name_labels(coco["categories"], known, self.file)
         self.find_images(coco["images"])
         self.take_boxes(coco["annotations"])
 
@@ -213,27 +207,29 @@ class CocoFolder(Images):
         self.sizes = np.array(list(sizes.values()))
 
     def take_boxes(self, annotations):
-        """Keep the boxes to learn from; image i's are at offsets[i] : offsets[i + 1]. As arrays:
-        to read Python objects writes their reference counts, which copies them into each worker."""
+        """Keep the boxes to learn from, image i's at offsets[i] : offsets[i + 1]. As arrays: to
+        read Python objects writes their reference counts, which copies them into each worker."""
         place = {key: i for i, key in enumerate(self.image_ids)}
-        rows = np.empty((len(annotations), 7))
+        self.raw = raw = np.empty((len(annotations), 8))  # as `rows` gives them
         for n, record in enumerate(annotations):
             try:
                 x, y, w, h = record["bbox"]
                 if not math.isfinite(x + y + w + h):
                     raise ValueError
-                rows[n] = (place[record["image_id"]], self.label_of[record["category_id"]],
-                           bool(record.get("iscrowd")), x, y, x + w, y + h)
+                area = record.get("area")
+                raw[n] = (place[record["image_id"]], self.label_of[record["category_id"]],
+                          bool(record.get("iscrowd")), w * h if area is None else area, x, y, w, h)
             except (KeyError, TypeError, ValueError):
                 raise DataError(f"{self.file}: annotation {record}: image_id and category_id must "
                                 "be listed in the file, bbox four finite numbers.") from None
-        (owner, labels), crowd, raw = rows[:, :2].T.astype(np.int64), rows[:, 2] > 0, rows[:, 3:]
-        boxes = raw.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
+        (owner, labels), crowd = raw[:, :2].T.astype(np.int64), raw[:, 2] > 0
+        corners = np.hstack([raw[:, 4:6], raw[:, 4:6] + raw[:, 6:]])
+        boxes = corners.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1) & ~crowd  # COCO too has boxes without area
-        clipped = kept & (abs(raw - boxes) > 0.01).any(1)  # less is rounding, to two decimals
+        clipped = kept & (abs(corners - boxes) > 0.01).any(1)  # less is rounding, to two decimals
         order = np.flatnonzero(kept)[np.argsort(owner[kept], kind="stable")]
         self.boxes, self.labels = boxes[order], labels[order]
-        if not kept.any() or raw.max() <= 1:  # YOLO's boxes are shares of the image
+        if not kept.any() or corners.max() <= 1:  # YOLO's boxes are shares of the image
             raise DataError(f"{self.file}: no bbox is x, y, width, height in pixels of its image.")
         self.offsets = np.searchsorted(owner[order], np.arange(len(self) + 1))
         self.summary = (f"{len(self)} images, {len(order)} boxes ({clipped.sum()} clipped to the "
@@ -256,15 +252,9 @@ class CocoFolder(Images):
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.boxes[span].copy(), self.labels[span].copy()
 
-    def ground_truth(self):
-        """The file as pycocotools wants it, with crowds and boxes of no area, which count there."""
-        coco = _load_json(self.file)  # again: it is big, and rarely needed
-        for n, record in enumerate(coco["annotations"], 1):
-            # pycocotools takes annotation id 0 for "no match", and keeps one of two equal ids.
-            record.update(id=n, iscrowd=int(bool(record.get("iscrowd"))))
-            if record.get("area") is None:
-                record["area"] = record["bbox"][2] * record["bbox"][3]
-        return {"info": {}} | coco
+    def rows(self):
+        """Every annotation: image's index, label, is it a crowd, area, x, y, w, h."""
+        return self.raw.tolist()
 
 
 # ================================================================================== toy shapes
@@ -314,8 +304,7 @@ def toy_picture(rng, shapes, size):
     pixels = np.float32(ground) + ramp[..., None] + (noise * np.float32(0.12) - 15)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     for (name, points, _), colour in zip(shapes, colours):
-        # Drawn 4x as large, then averaged: PIL draws in whole pixels, and so the edges lie within
-        # an eighth of a pixel of `points`, whose extremes are the box.
+        # Drawn 4x as large, then averaged: PIL's edges lie on whole pixels.
         low, high = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
         mask, points = Image.new("L", tuple((4 * (high - low)).tolist())), (points - low) * 4
         ImageDraw.Draw(mask).polygon(points.ravel().tolist(), fill=255)
@@ -327,45 +316,40 @@ def toy_picture(rng, shapes, size):
 
 
 class ToyShapes(Images):
-    """`count` pictures, `size` pixels square, drawn on the fly; picture i is from (seed, i) alone.
-    What cannot learn this in minutes will not learn COCO. Attributes as in `CocoFolder`."""
+    """`count` pictures, `size` pixels square; picture i is drawn from (seed, i) alone."""
 
-    def __init__(self, count, size=128, seed=0, transform=None, category_ids=None):
+    def __init__(self, count, size=128, seed=0, transform=None, known=None):
         self.size, self.seed, self.transform = size, seed, transform
         self.image_ids = list(range(1, count + 1))
-        self.id_of = {name: i for i, name in enumerate(OUTLINES, 1)}
-        self.categories = [dict(id=i, name=name) for name, i in self.id_of.items()]
-        self.name_labels(self.categories, category_ids, "toy shapes")
+        self.sizes = [(size, size)] * count
+        self.name_labels([dict(id=i, name=name) for i, name in enumerate(OUTLINES, 1)],
+                         known, "toy shapes")
         self.labels, self.offsets = np.zeros(0, int), np.zeros(count + 1, int)
         self.summary = f"{count} images of {size} pixels, drawn on the fly, {len(OUTLINES)} classes"
 
     def read(self, i):
         rng, shapes = toy_scene(f"toy {self.seed} {i}", self.size)
-        labels = np.array([self.label_of[self.id_of[name]] for name, _, _ in shapes])
+        labels = np.array([self.classes.index(name) for name, _, _ in shapes])
         boxes = np.float32([[x, y, x + w, y + h] for _, _, (x, y, w, h) in shapes])
         return toy_picture(rng, shapes, self.size), boxes, labels
 
-    def ground_truth(self):
-        images = [dict(id=key, width=self.size, height=self.size) for key in self.image_ids]
-        shapes = [(key, *shape) for i, key in enumerate(self.image_ids)
-                  for shape in toy_scene(f"toy {self.seed} {i}", self.size)[1]]
-        boxes = [dict(id=n, image_id=key, category_id=self.id_of[name], bbox=box, iscrowd=0,
-                      area=box[2] * box[3]) for n, (key, name, _, box) in enumerate(shapes, 1)]
-        return dict(info={}, images=images, annotations=boxes, categories=self.categories)
+    def rows(self):
+        return [(i, self.classes.index(name), 0, w * h, x, y, w, h) for i in range(len(self))
+                for name, _, (x, y, w, h) in toy_scene(f"toy {self.seed} {i}", self.size)[1]]
 
 
-def open_data(data, data_root=None, split="train", transform=None, category_ids=None,
-              image_size=128, toy_count=None):
+def open_data(data, data_root=None, split="train", transform=None, known=None, image_size=128,
+              toy_count=None):
     """The data set that a command line names: "toy", "coco" (in data_root, $COCO_ROOT or data/coco)
-    or a folder; split: "train" or "val". image_size (pixels), toy_count: of the toy pictures."""
+    or a folder. split: "train" or "val". image_size, toy_count: of the toy pictures."""
     if data_root is not None and data != "coco":
         raise DataError(f"data_root '{data_root}' is for data 'coco', not '{data}'. Omit one.")
     if data == "toy":
         count, seed = (2000, 0) if split == "train" else (200, 1)  # other seed, other pictures
-        return ToyShapes(toy_count or count, image_size, seed, transform, category_ids)
+        return ToyShapes(toy_count or count, image_size, seed, transform, known)
     if data == "coco":
         data = data_root or os.environ.get("COCO_ROOT") or os.path.join("data", "coco")
-    return CocoFolder(data, f"{split}2017", transform, category_ids)
+    return CocoFolder(data, f"{split}2017", transform, known)
 
 
 # =========================================================================== order and batches
@@ -382,9 +366,8 @@ def repeat_factors(dataset, threshold):
 
 def batch_order(n, batch_size, seed, epoch, start=0, factors=None):
     """The batches of one training epoch over n images: a list of lists of (index, sample seed).
-    All depends on (seed, epoch) and the place in the order alone: a run that resumes after `start`
-    batches sees what it would have seen. A last, smaller batch is left out, but fewer images than
-    batch_size are repeated to fill one. factors: [n] of `repeat_factors`."""
+    A run that resumes after `start` batches sees what it would have seen. A last, smaller batch is
+    left out, but too few images are repeated to fill one. factors: [n] of `repeat_factors`."""
     rng, order = random.Random(f"order {seed} {epoch}"), list(range(n))
     if factors is not None:
         # Lengths along a ruler, on which evenly spaced marks, from a random start, pick the images:
@@ -409,11 +392,6 @@ def collate(batch):
     return images, mask, [target for _, target in batch]
 
 
-def keep_shared(worker):
-    """The garbage collector writes into all objects: a forked worker would copy its parent's."""
-    gc.freeze()
-
-
 def loader(dataset, batches, workers=0, device="cpu"):
     """Iterate over (images, mask, targets) on the CPU, in pinned memory if `device` is a GPU.
     batches: a `batch_order`, or lists of plain indices. Raises DataError, for a dead worker too."""
@@ -421,8 +399,7 @@ def loader(dataset, batches, workers=0, device="cpu"):
     try:
         feed = iter(DataLoader(  # its own generator: a resumed run draws as if it went on
             dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-            worker_init_fn=keep_shared, pin_memory=str(device).startswith("cuda"),
-            generator=torch.Generator()))
+            pin_memory=str(device).startswith("cuda"), generator=torch.Generator()))
         if handler is not None:  # torch's would report a dead worker at any line of a step;
             signal.signal(signal.SIGCHLD, handler)  # this one: when the next batch is asked for
         yield from feed

@@ -22,7 +22,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.ndimage import uniform_filter1d
 from torchvision.ops import batched_nms, box_convert
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import data
@@ -42,9 +44,8 @@ COLOURS = [f"hsv({222.5 * i % 360:.0f}, 70%, 100%)" for i in range(1000)]  # nei
 def postprocess(outputs, sizes, cfg):
     """What the model says about B images of sizes [B,2] (height, width in pixels) -> a list of B
     dicts: "scores" [K] in 0..1, best first, "labels" [K] and "boxes" [K,4] (x0, y0, x1, y1 in the
-    images' pixels). DETR ("ce"): one detection per query, its best class but the last, "no object".
-    Deformable DETR and after: the best query-class pairs. Diffusion (DiffuDETR's code): the best of
-    all sampling steps after NMS per class, clipped."""
+    images' pixels). DETR ("ce"): each query's best class but the last, "no object". Deformable DETR
+    and after: the best query-class pairs. Diffusion: those of all steps after NMS, clipped."""
     logits, boxes = outputs["logits"][-1], outputs["boxes"][-1]
     if "sampled" in outputs:
         answers = outputs["sampled"]
@@ -71,11 +72,12 @@ def postprocess(outputs, sizes, cfg):
 
 
 @torch.no_grad()  # not inference_mode: what a model caches could not be trained with
-def answer(model, images, mask, sizes, watch=None):
-    """`postprocess` of a batch; the model is left in eval mode."""
+def answer(model, images, mask, sizes, score=0, watch=None):
+    """`postprocess` of a batch, from `score` on, as lists; the model is left in eval mode."""
     device = next(model.eval().parameters()).device
     outputs = model(images.to(device, non_blocking=True), mask.to(device), watch=watch)
-    return postprocess(outputs, sizes, model.cfg)
+    return [{key: value[found["scores"] >= score].tolist() for key, value in found.items()}
+            for found in postprocess(outputs, sizes, model.cfg)]
 
 
 def category_curves(image_ids, category, truth, detections):
@@ -95,8 +97,8 @@ def category_curves(image_ids, category, truth, detections):
 
 
 def coco_metrics(truth, detections, image_ids, table=False):
-    """pycocotools' scores -> dict of METRICS, 0..1; -1 where there is nothing to find. truth: as in
-    COCO's file. detections: its results format. image_ids: those that count. table: print it."""
+    """pycocotools' scores of detections (its results format) against truth (as in COCO's file), on
+    these images -> dict of METRICS, 0..1; -1: nothing to find. table: print it."""
     categories = sorted(category["id"] for category in truth["categories"])
     sides = [{category: [] for category in categories} for _ in range(2)]
     for side, records in zip(sides, (truth["annotations"], detections)):
@@ -113,54 +115,35 @@ def coco_metrics(truth, detections, image_ids, table=False):
     return dict(zip(METRICS, scorer.stats.tolist()))
 
 
-def evaluate(model, dataset, batch_size=4, device=None, workers=0, limit=None, progress=True,
-             table=False):
+def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True, table=False):
     """Run the model over a data set of data.py, or its first `limit` images -> (metrics,
     detections) as in `coco_metrics`. Processes share the images; all get the answer."""
     image_ids = list(dataset.image_ids)[:limit]
     mine = range(runs.rank(), len(image_ids), runs.world())
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    # A head may have labels that the data set has no category for (11 of COCO's 91): dropped.
-    exists = {key for key, name in zip(dataset.category_ids, dataset.classes) if name != "N/A"}
     detections = []
-    loader = data.loader(dataset, batches, workers, device or next(model.parameters()).device)
+    loader = data.loader(dataset, batches, workers, next(model.parameters()).device)
     for images, mask, targets in tqdm(loader, "evaluating", len(batches), leave=False,
                                       disable=None if progress else True):  # None: not in log files
         sizes = torch.stack([target["orig_size"] for target in targets])
         for target, found in zip(targets, answer(model, images, mask, sizes)):
-            found["boxes"] = box_convert(found["boxes"], "xyxy", "xywh")
-            for score, label, box in zip(*(x.tolist() for x in found.values())):
-                if (key := dataset.category_ids[label]) in exists:
+            for score, label, (x0, y0, x1, y1) in zip(*found.values()):
+                # A head may have labels without a category in this data (11 of COCO's 91).
+                if (key := dataset.category_ids[label]) in dataset.label_of:
                     detections.append({"image_id": target["image_id"], "category_id": key,
-                                       "bbox": box, "score": score})
+                                       "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
     detections = sum(runs.gather(detections), [])
     metrics = None
     if runs.rank() == 0:
         metrics = coco_metrics(dataset.ground_truth(), detections, image_ids, table)
-    return runs.broadcast(metrics), detections
-
-
-def same_names(dataset, classes, source):
-    """DataError if a category of the data set has another name in `classes`, which `source` has."""
-    for category, theirs, ours in zip(dataset.category_ids, dataset.classes, classes):
-        if theirs not in ("N/A", ours):  # the same ids may mean other things
-            raise data.DataError(f"category {category} is {theirs!r} in this data, {ours!r} in "
-                                 f"{source}: give data and weights with the same categories")
+    return runs.gather(metrics)[0], detections
 
 
 # ============================================================= images with boxes drawn, and curves
 
-def detect(model, image, size, score, watch=None):
-    """Objects in an image [3,H,W] from `score` on: postprocess' dict as lists. size: (w, h)."""
-    mask = torch.zeros(1, *image.shape[1:], dtype=torch.bool)
-    (found,) = answer(model, image[None], mask, torch.tensor([size[::-1]]), watch)
-    return {key: value[found["scores"] >= score].tolist() for key, value in found.items()}
-
-
 def predict(model, meta, images, transform, folder, score=0.5, trajectory=False):
-    """Find objects in image files, or all in folders -> a list of dicts, one per file: {"file",
-    "detections": [{"label", "category_id", "score", "bbox" [x, y, w, h] in pixels}], best first,
-    "picture"}, or {"file", "error"}; in `folder` predictions.json and what is drawn."""
+    """Find objects in image files, or all in folders -> a dict per file, as in predictions.json:
+    "file", "picture" (drawn) and "detections", best first, bbox in pixels; or "file", "error"."""
     paths, results, taken, classes = [], [], set(), meta["classes"]
     for path in map(Path, images):
         if not path.exists():
@@ -179,8 +162,9 @@ def predict(model, meta, images, transform, folder, score=0.5, trajectory=False)
             tqdm.write(f"error: {error}", file=sys.stderr)
             continue
         resized, _, _ = transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None)
-        steps, pixels = [], data.normalised(data.to_bytes(resized))
-        found = detect(model, pixels, image.size, score, steps.append if trajectory else None)
+        pixels, mask, _ = data.collate([(data.pil_to_tensor(resized), {})])
+        steps, sizes = [], torch.tensor([image.size[::-1]])
+        (found,) = answer(model, pixels, mask, sizes, score, steps.append if trajectory else None)
         result["detections"] = [
             {"label": classes[c], "category_id": meta["category_ids"][c], "score": s,
              "bbox": [x0, y0, x1 - x0, y1 - y0]} for s, c, (x0, y0, x1, y1) in zip(*found.values())]
@@ -193,7 +177,7 @@ def predict(model, meta, images, transform, folder, score=0.5, trajectory=False)
         drawn.save(result["picture"], quality=92)
         if trajectory:
             steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
-            draw_trajectory(image, steps, drawn, folder / f"{name}-trajectory")
+            draw_trajectory(image, steps, drawn, folder / f"{name}-trajectory.png")
     (folder / "predictions.json").write_text(json.dumps(results, indent=1))
     return results
 
@@ -201,19 +185,19 @@ def predict(model, meta, images, transform, folder, score=0.5, trajectory=False)
 def picture_grid(model, dataset, path, count=8, score=0.5, limit=None):
     """Write one sheet: the first `count` images (`limit` at most), truth beside predictions."""
     panels, classes, count = [], dataset.classes, min(count, limit or count, len(dataset))
-    for (pixels,), _, (target,) in data.loader(dataset, [[i] for i in range(count)]):
-        image = data.to_pil(pixels)
+    for i in range(count):
+        (image, target), (pixels, mask, _) = dataset[i], data.collate([dataset[i]])
+        image = to_pil_image(image)
         image.thumbnail((640, 640))
         truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.size * 2)
         panels.append(("ground truth", draw(image, classes, truth, target["labels"].tolist())))
-        found = detect(model, pixels, image.size, score)
+        (found,) = answer(model, pixels, mask, torch.tensor([image.size[::-1]]), score)
         panels.append((f"score {score:g} or more", draw(image, classes, **found)))
     sheet(panels, 4).save(path)
 
 
 def draw(image, classes, boxes, labels, scores=None):
-    """A copy of a PIL image, enlarged if small, with boxes [K, 4] (x0, y0, x1, y1 in its pixels)
-    and their names and scores. (torchvision's draw_bounding_boxes needs a file of a font.)"""
+    """A copy of a PIL image, enlarged if small, with boxes [K, 4] (xyxy in pixels) and names."""
     zoom = max(1, round(480 / max(image.size)))
     image = ImageOps.scale(image.convert("RGB"), zoom)
     (width, height), longest, pen = image.size, max(image.size), ImageDraw.Draw(image)
@@ -232,24 +216,19 @@ def draw(image, classes, boxes, labels, scores=None):
 
 
 def draw_trajectory(image, steps, detections, path):
-    """From noise to detections (an image), as `watch` saw the steps: path.png, side by side, and
-    path.webp, a film. A query that starts again from noise, or is no detection, is thin."""
+    """From noise to detections (an image), side by side, as `watch` saw the steps. A query that
+    starts again from noise, or is no detection, is thin."""
     image, last = (ImageOps.contain(x, (480, 480)) for x in (image, detections))
-    panels, size = [], torch.tensor(image.size * 2)
-    for n, step in enumerate(steps, 1):
-        title = f"step {n}, t = {step['t']}: {step['keep'].sum()} of {step['keep'].numel()} kept"
-        for part in np.linspace(0, 1, 8):  # of the way from the references to the answers
-            boxes = torch.lerp(step["references"][0].double(), step["boxes"][0].double(), part)
-            boxes = box_convert(boxes, "cxcywh", "xyxy").cpu().clamp(0, 1) * size
-            pen = ImageDraw.Draw(panel := image.copy())
-            for query, (kept, box) in enumerate(zip(step["keep"][0].tolist(), boxes.tolist())):
-                pen.rectangle(box, outline=COLOURS[query % 1000], width=3 if kept else 1)
-            panels.append((title, panel))
-    panels = [(f"noise, t = {steps[0]['t']}", panels[0][1]), *panels[1:], ("detections", last)]
-    sheet(panels[:1] + panels[7::8] + panels[-1:], len(steps) + 2).save(f"{path}.png")
-    film = [sheet([panel], 1) for panel in panels]
-    film[0].save(f"{path}.webp", save_all=True, append_images=film[1:], loop=0, quality=70,
-                 duration=[600, *[70] * 6, 600] * len(steps) + [2500])  # milliseconds
+    panels = []
+    for n, step in enumerate([steps[0] | {"boxes": steps[0]["references"]}, *steps]):
+        boxes = box_convert(step["boxes"][0], "cxcywh", "xyxy").cpu().clamp(0, 1)
+        pen = ImageDraw.Draw(panel := image.copy())
+        for query, (kept, box) in enumerate(zip(step["keep"][0].tolist(), boxes)):
+            pen.rectangle((box * torch.tensor(image.size * 2)).tolist(),
+                          outline=COLOURS[query % 1000], width=3 if kept else 1)
+        title = f"step {n}: {step['keep'].sum()} of {step['keep'].numel()} kept" if n else "noise"
+        panels.append((f"{title}, t = {step['t']}", panel))
+    sheet([*panels, ("detections", last)], len(panels) + 1).save(path)
 
 
 def sheet(panels, columns):
@@ -273,9 +252,8 @@ def read_log(path):
 
 
 def smoothed(values):
-    """The mean over a thirtieth of the run around each value; over fewer at the ends."""
-    window = np.ones(max(1, len(values) // 30))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+    """The mean over a thirtieth of the run around each value."""
+    return uniform_filter1d(values, max(1, len(values) // 30), mode="nearest")
 
 
 def plot(charts, out):
@@ -296,27 +274,24 @@ def plot(charts, out):
 
 def plot_curves(log, out):
     """Draw a run's log.jsonl: losses and COCO AP over steps -> an image file."""
+    charts = {"training loss": ("loss", "loss_class", "loss_bbox", "loss_giou"), "AP": METRICS[:2]}
     series = read_log(log)
-    losses = {key: series(key) for key in ("loss", "loss_class", "loss_bbox", "loss_giou")}
-    plot({"training loss": losses, "AP": {key: series(key) for key in ("AP", "AP50")}}, out)
+    plot({title: {key: series(key) for key in keys} for title, keys in charts.items()}, out)
 
 
 def compare_runs(folders, out):
-    """Draw runs' class losses and APs together -> a line for every pair of runs: when one beats the
-    other's lowest (smoothed) class loss, and whether these are different losses (ce, focal)."""
-    losses, scores, kinds, found = {}, {}, {}, []
+    """Draw runs' class losses (with their kind, as "ce") and APs together -> a line for every pair
+    of runs: when one beats the other's lowest (smoothed) class loss."""
+    losses, scores, found = {}, {}, []
     for folder in map(Path, folders):
-        series = read_log(folder / "log.jsonl")
-        losses[folder], scores[folder] = series("loss_class"), series("AP")
-        kinds[folder] = json.loads((folder / "run.json").read_text())["config"]["class_loss"]
-    for mine, other in permutations([folder for folder in losses if losses[folder].size], 2):
+        kind = json.loads((folder / "run.json").read_text())["config"]["class_loss"]
+        series, run = read_log(folder / "log.jsonl"), f"{folder} ({kind})"
+        losses[run], scores[run] = series("loss_class"), series("AP")
+    for mine, other in permutations([run for run in losses if losses[run].size], 2):
         (steps, values), lowest = losses[mine], smoothed(losses[other][1]).min()
         below = steps[smoothed(values) < lowest]
-        line = f"{mine} {'beats' if len(below) else 'never beats'} {other}'s lowest class loss "
-        line += f"({lowest:.4g})" + (f" at step {below[0]:.0f}" if len(below) else "")
-        if kinds[mine] != kinds[other]:
-            line += f"; they are different losses: {kinds[mine]}, {kinds[other]}"
-        found.append(line)
+        found.append(f"{mine} {'beats' if len(below) else 'never beats'} the lowest class loss of "
+                     f"{other}, {lowest:.4g}" + (f", at step {below[0]:.0f}" if len(below) else ""))
     plot({"class loss": losses, "AP": scores}, out)
     return found
 
@@ -409,7 +384,7 @@ def run(argv):
     if why := variants.idle(sampling, model.cfg):
         raise variants.ConfigError(why)
     model.to(runs.own_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    recipe, ids = meta["recipe"], meta["category_ids"]
+    recipe, labels = meta["recipe"], dict(zip(meta["category_ids"], meta["classes"]))
     size = args.image_size or recipe["image_size"]
     transform = data.eval_transform(size, round(size * recipe["max_size"] / recipe["image_size"]))
     if args.images:
@@ -418,8 +393,7 @@ def run(argv):
         failed = sum("error" in result for result in results)
         print(f"{len(results) - failed} of {len(results)} images: {out}")
         return int(failed > 0 or not results)
-    dataset = data.open_data(args.data, args.data_root, "val", transform, ids, size)
-    same_names(dataset, meta["classes"], args.weights)
+    dataset = data.open_data(args.data, args.data_root, "val", transform, labels, size)
     out = args.out or args.weights.parent
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"

@@ -7,9 +7,7 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import signal
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -30,19 +28,22 @@ class Options:
     variant: str = option("diffu", f"one of {', '.join(variants.VARIANTS)} (default: diffu)")
     data: str = option("toy", "toy, coco, or a folder in COCO's layout (default: toy)")
     data_root: str = option(None, "where COCO is (default: $COCO_ROOT, else data/coco)")
-    preset: str = option(None, "the paper's size and recipe (default on coco), or one that learns "
-                         "from scratch on a CPU (default on other data)", "published", "small")
+    preset: str = option("auto", "the paper's size and recipe (auto: on coco), or one that learns "
+                         "from scratch on a CPU (on other data)", "auto", "published", "small")
     out: str = option(None, "the run's folder (default: out/<variant>-<data>)")
     weights: str = option(None, "start from this checkpoint, published or ours (fine-tuning)")
-    overfit: int = option(0, "train and evaluate on the first N training images, as they are")
+    overfit: int = option(0, "train and evaluate on the first N training images, as they are",
+                          low=0)
     freeze: str = option("", "comma-separated parts that are not trained, e.g. backbone,encoder")
-    seed: int = option(0, "of weights, data order, augmentation and noise (default: 0)")
+    seed: int = option(0, "of weights, data order, augmentation and noise (default: 0)", low=0)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:1")
-    workers: int = option(2, "processes that read images (default: 2, for toy 0)")
+    workers: int = option(2, "processes that read images (default: 2, for toy 0)", low=0)
     amp: str = option("none", "mixed precision (fp16 scales the loss)", "none", "bf16", "fp16")
     checkpoint_activations: bool = option(False, "recompute layers in backward, for less memory")
     save_steps: int = option(500, "save last.pth every so many steps (default: 500), or 5 minutes")
-    keep_every: int = option(0, "keep a checkpoint of every so many steps as step-N.pth")
+    keep_every: int = option(0, "keep a checkpoint of every so many steps as step-N.pth", low=0)
+
+    __post_init__ = variants.check
 
 
 # May change when a run is resumed; everything else is what the run is.
@@ -83,7 +84,7 @@ def settle(given):
     options, in_cfg, in_recipe = ({f.name: given[f.name] for f in fields(t) if f.name in given}
                                   for t in (Options, Config, Recipe))
     toy, changes = given.get("data", "toy") == "toy", {}
-    options = asdict(Options()) | {"workers": 0 if toy else 2} | options
+    options = asdict(Options(**{"workers": 0 if toy else 2} | options))
     if options["weights"]:
         _, meta = load_checkpoint(options["weights"])
         for name in ("variant", "preset", "backbone_weights"):
@@ -96,8 +97,8 @@ def settle(given):
             recipe = recipe.but(**variants.SMALL_RECIPE, crop=True)
         recipe = recipe.but(**variants.FINE_TUNE_RECIPE)
     else:
-        options["preset"] = options["preset"] or (
-            "published" if options["data"] == "coco" else "small")
+        if options["preset"] == "auto":
+            options["preset"] = "published" if options["data"] == "coco" else "small"
         row, recipe = variants.variant(options["variant"]), variants.recipe(options["variant"])
         if options["preset"] == "small":
             asked = row.but(**in_cfg)
@@ -107,29 +108,23 @@ def settle(given):
         if in_recipe.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"  # frozen random statistics learn nothing
     if options["overfit"]:
-        ends = {"steps", "epochs"} & {*given}
-        recipe = recipe.but(crop=False, **{} if ends else variants.OVERFIT_RECIPE)
+        ends = variants.OVERFIT_RECIPE if not {"steps", "epochs"} & {*given} else {}
+        recipe = recipe.but(crop=False, **ends)
     if in_recipe.get("image_size", 0) > 0:  # or the other limit would hold it back in silence
         scale = given["image_size"] / recipe.image_size
         recipe = recipe.but(max_size=round(recipe.max_size * scale))
     recipe, cfg = recipe.but(**in_recipe), row.but(**changes | in_cfg)
     if why := variants.idle(given, cfg):
         raise ConfigError(why)
-    check(options, recipe)
-    options["out"] = broadcast(free_folder(options))
-    return options, cfg, recipe
+    options["out"] = gather(free_folder(options))[0]
+    return options, cfg, shared(recipe)
 
 
-def check(options, recipe):
-    """Raise ConfigError for options of a run that cannot be."""
-    if recipe.repeat_rare and options["data"] == "toy":
-        raise ConfigError("--repeat-rare: toy shapes have no rare class: omit it")
-    for name, least in dict(overfit=0, workers=0, keep_every=0, save_steps=1).items():
-        if options[name] < least:
-            option_ = "--" + name.replace("_", "-")
-            raise ConfigError(f"{option_} {options[name]}: it must be at least {least}")
+def shared(recipe):
+    """The recipe, or ConfigError where the processes cannot share its batches."""
     if recipe.batch_size % world():
         raise ConfigError(f"--batch-size {recipe.batch_size}: choose a multiple of {world()}")
+    return recipe
 
 
 def free_folder(options):
@@ -147,6 +142,7 @@ def resumed(given):
     path, checkpoint = read_last(Path(given["resume"]))
     if "run" not in checkpoint:
         raise ConfigError(f"--resume {path}: no run to continue: start from it with --weights")
+    Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})  # in range?
     options = asdict(Options()) | checkpoint["run"]
     cfg, recipe = checkpoint["config"], checkpoint["recipe"]
     for name, value in given.items():
@@ -157,9 +153,8 @@ def resumed(given):
         table[name] = value
     if "epochs" in given:
         recipe["steps"] = 0  # or it would still win over --epochs
-    options["out"], recipe = str(path.parent), Recipe().but(**recipe)
-    check(options, recipe)
-    return options, Config().but(**cfg), recipe, checkpoint
+    options["out"] = str(path.parent)
+    return options, Config().but(**cfg), shared(Recipe().but(**recipe)), checkpoint
 
 
 def describe(run):
@@ -184,8 +179,7 @@ def describe(run):
 
 # ================================================================================ the processes
 #
-# torchrun starts several. What they tell each other here goes between CPUs: no GPU waits for it.
-# All must call `gather` and `broadcast` alike: if one process omits a call, the others hang.
+# torchrun starts several. All must call `gather` alike: if one omits a call, the others hang.
 
 def start():
     """Meet the other processes that torchrun started, if it did."""
@@ -224,16 +218,11 @@ def own_device(name):
 
 
 def gather(thing):
-    """Any object of every process -> a list of them, on all."""
+    """Any object of every process -> a list of them, on all: [0] is process 0's."""
     things = [thing] * world()
     if world() > 1:
         dist.all_gather_object(things, thing)
     return things
-
-
-def broadcast(thing):
-    """Process 0's object, on all."""
-    return gather(thing)[0]
 
 
 @contextlib.contextmanager
@@ -291,9 +280,7 @@ def cut_log(path, step):
     """Drop the lines after `step` from a log: of a run that died after its last checkpoint."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines(True) if line.endswith("}\n")]
-        kept = path.with_suffix(".kept")  # renamed whole, whenever this process is killed
-        kept.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        kept.replace(path)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 def append_log(path, **line):
@@ -304,13 +291,10 @@ def append_log(path, **line):
 
 def means(steps, batch_size, device):
     """What the log says of some steps, a list of dicts: their means (losses: summed over processes,
-    which all must call this), speed and peak memory."""
+    which all must call this), speed and a GPU's peak memory."""
     line = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     shares = gather(line)
     line |= {k: sum(share[k] for share in shares) for k in line if k.startswith("loss")}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # bytes
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    spent = line["seconds_data"] + line["seconds_step"]
-    return line | dict(images_per_s=batch_size / spent, memory_mb=peak / 2 ** 20)
+        line["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2 ** 20
+    return line | {"images_per_s": batch_size / (line["seconds_data"] + line["seconds_step"])}

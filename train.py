@@ -5,9 +5,6 @@
     python train.py --variant dino --data my/boxes  any folder in COCO's layout, its own classes
     python train.py --resume out/diffu-toy          continue a run that was stopped
     torchrun --nproc_per_node 4 train.py ...        four processes share every step
-
-A run's folder gets last.pth, last.prev.pth (the one before), best.pth, log.jsonl, curves.png,
-predictions.png and run.json (all that was chosen).
 """
 import math
 import random
@@ -32,8 +29,7 @@ from variants import ConfigError
 
 
 class Run:
-    """A run's state: data, model, optimizer, and all that a checkpoint holds of it. It starts from
-    what `runs.settle` or `runs.resumed` gives."""
+    """A run's state, from what `runs.settle` or `runs.resumed` gives."""
 
     def __init__(self, options, cfg, recipe, checkpoint=None):
         torch.manual_seed(options["seed"])
@@ -49,23 +45,22 @@ class Run:
         plain = data.eval_transform(*sizes)
         augment = plain if options["overfit"] else data.train_transform(*sizes, crop=recipe.crop)
         opened = partial(data.open_data, options["data"], options["data_root"], image_size=sizes[0])
-        train_set = opened("train", augment, checkpoint and checkpoint["category_ids"])
-        classes = checkpoint["classes"] if checkpoint else train_set.classes
-        same = known.items() >= dict(zip(train_set.category_ids, classes)).items()
+        labels = checkpoint and dict(zip(checkpoint["category_ids"], checkpoint["classes"]))
+        train_set = opened("train", augment, labels)
+        labels = dict(zip(train_set.category_ids, train_set.classes))
+        same = known.items() >= labels.items()
         if same and not checkpoint:
-            train_set, classes = opened("train", augment, [*known]), [*known.values()]
-        split = "train" if options["overfit"] else "val"
-        self.val_set = opened(split, plain, train_set.category_ids)
-        evaluation.same_names(self.val_set, classes, f"the training images of {options['data']}")
+            train_set, labels = opened("train", augment, known), known
+        self.val_set = opened("train" if options["overfit"] else "val", plain, labels)
         count = min(options["overfit"] or len(train_set), len(train_set))
         rare = recipe.repeat_rare and data.repeat_factors(train_set, recipe.repeat_rare)[:count]
         self.order_of = partial(data.batch_order, count, recipe.batch_size, options["seed"],
                                 factors=rare if recipe.repeat_rare else None)
-        self.train_set, self.classes, self.per_epoch = train_set, classes, len(self.order_of(0))
+        self.train_set, self.per_epoch = train_set, len(self.order_of(0))
         self.total = recipe.steps or recipe.epochs * self.per_epoch
 
         # Model. DistributedDataParallel hands process 0's weights to all.
-        self.model = model = Detector(cfg.but(num_classes=len(classes)))
+        self.model = model = Detector(cfg.but(num_classes=len(labels)))
         model.checkpoint_activations = options["checkpoint_activations"]
         if self.first and options["weights"] and not checkpoint:
             print(weights.fine_tune(model, options["weights"], same))
@@ -79,6 +74,7 @@ class Run:
         if runs.world() > 1:
             self.parallel = DistributedDataParallel(model)
         self.average = AveragedModel(model, use_buffers=True) if recipe.ema else None
+        self.evaluated = self.average.module if self.average else model
         self.optimizer = torch.optim.AdamW(parameter_groups(model, recipe), fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options["amp"] == "fp16")
@@ -87,33 +83,34 @@ class Run:
         self.saved, self.wrote, self.log = time.time(), False, self.out / "log.jsonl"
         if checkpoint:
             self.step, self.best, self.tested = map(checkpoint.get, ("step", "best", "tested"))
-            for name in ("model", "optimizer", "scaler", "average"):
-                if checkpoint[name]:
-                    getattr(self, name).load_state_dict(checkpoint[name])
+            for name in ("model", "optimizer", "scaler"):
+                getattr(self, name).load_state_dict(checkpoint[name])
+            if self.average:
+                self.average.module.load_state_dict(checkpoint["ema"])
+                self.average.n_averaged.fill_(self.step)
         if self.first:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"--out {self.out} cannot be a folder ({error})") from None
+            self.out.mkdir(parents=True, exist_ok=True)
             runs.cut_log(self.log, self.step)
             runs.describe(self)
 
     def save(self, name="last.pth", whole=True):
-        """Write a checkpoint; `whole` ones can be resumed."""
+        """Write a checkpoint, to be resumed (`whole`) or with nothing but what is evaluated."""
         keep = name == "last.pth" and self.wrote  # one from an earlier process may be damaged
         if name == "last.pth":
             self.saved, self.wrote = time.time(), True
-        parts = dict(model=self.model, ema=self.average and self.average.module)
-        more = {}
+        checkpoint = {"format": "minDETR", "variant": self.options["variant"], "step": self.step,
+                      "config": asdict(self.model.cfg), "recipe": asdict(self.recipe),
+                      "category_ids": self.train_set.category_ids,
+                      "classes": self.train_set.classes}
         if whole:
-            parts |= dict(optimizer=self.optimizer, scaler=self.scaler, average=self.average)
-            more = dict(run=self.options, best=self.best, tested=self.tested)
+            checkpoint |= dict(
+                run=self.options, best=self.best, tested=self.tested, model=self.model.state_dict(),
+                ema=self.average and self.average.module.state_dict(),
+                optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        else:
+            checkpoint["model"] = self.evaluated.state_dict()
         if self.first:
-            runs.save(self.out / name, keep_previous=keep, checkpoint=more | {
-                "format": "minDETR", "variant": self.options["variant"], "step": self.step,
-                "config": asdict(self.model.cfg), "recipe": asdict(self.recipe),
-                "classes": self.classes, "category_ids": self.train_set.category_ids,
-                **{key: part and part.state_dict() for key, part in parts.items()}})
+            runs.save(self.out / name, checkpoint, keep)
 
     def test_if_due(self):
         """At the end of every `eval_every`th epoch and of the run: evaluate the average of the
@@ -122,14 +119,13 @@ class Run:
         if self.step <= self.tested or between:
             return
         self.save()  # an evaluation may take long, or fail
-        model = self.average.module if self.average else self.model
-        limit = self.options["overfit"] or None
+        model, limit = self.evaluated, self.options["overfit"] or None
         for buffer in model.buffers() if runs.world() > 1 else ():  # batch norm's statistics are
             torch.distributed.broadcast(buffer, 0)  # each process's own; process 0's are saved
         with self.autocast():
             metrics, _ = evaluation.evaluate(
-                model, self.val_set, batch_size=self.recipe.micro_batch, device=self.device,
-                workers=self.options["workers"], limit=limit, progress=self.first)
+                model, self.val_set, self.recipe.micro_batch, self.options["workers"], limit,
+                progress=self.first)
         self.tested = self.step
         if not self.first:
             return
@@ -198,8 +194,7 @@ def train(run):
 # ===================================================================================== one step
 
 def steps_of(run, order):
-    """This process's images of one step at a time: a list of micro-batches (images, mask, targets),
-    each padded on its own."""
+    """This process's share of each step: a list of micro-batches (images, mask, targets)."""
     rank, world, size = runs.rank(), runs.world(), run.recipe.micro_batch
     shares = [batch[len(batch) * rank // world:len(batch) * (rank + 1) // world] for batch in order]
     steps = [[share[i:i + size] for i in range(0, len(share), size)] for share in shares]

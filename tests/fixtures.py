@@ -9,6 +9,7 @@ import torch
 import data
 import train
 import variants
+import weights
 from model import build_model
 
 HERE = Path(__file__).parent.parent
@@ -48,6 +49,13 @@ def error_of(function, *args, kind=Exception, **kwargs):
     raise AssertionError(f"{function} raised nothing")
 
 
+def refused(words, function, *args, **kwargs):
+    """The call raises an error for users whose message holds all the words (divided by |)."""
+    kinds = data.DataError, weights.WeightsError, variants.ConfigError
+    message = error_of(function, *args, kind=kinds, **kwargs)
+    assert all(word in message for word in words.split("|")), f"not {words}: {message}"
+
+
 def coco_folder(folder, images=6):
     """A small data set of toy shapes in COCO's layout, with category ids 7, 9, ..."""
     shapes = data.ToyShapes(images, size=64)
@@ -65,11 +73,11 @@ def coco_folder(folder, images=6):
     return folder
 
 
-def run_quietly(argv):
-    """train.main's exit code, and what it said on stderr and stdout."""
+def run_quietly(argv, main=train.main):
+    """A command line's exit code, and what it said on stderr and stdout."""
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
         try:
-            code = train.main(argv)
+            code = main(argv)
         except SystemExit as stop:  # argparse's own errors
             code = stop.code
     return code, said.getvalue()

@@ -255,7 +255,7 @@ def transforms(source, case, file):
     file = source.parent / "data/coco_tiny/val2017/000000532481.jpg"
     if file.exists():
         image, *_ = data.eval_transform()(data.read_image(file), np.zeros((0, 4)), None, None)
-        x = data.normalised(data.to_bytes(image))
+        x = data.normalised(data.pil_to_tensor(image))
         yield "patch", x
         yield "patch_bottom_right", x[:, -16:, -16:]
 

@@ -66,8 +66,8 @@ def test_runs_wrong_commands_are_one_clear_line():
                 ("--variant detrr", "there are detr"), ("--learning-rate 1", "unrecognized"),
                 (f"--data {folder}/none", "none"), ("--save-steps 0", "at least 1"),
                 ("--lr -1", "at least 0"), ("--queries x", "'x'"), ("--content split", "split"),
-                ("--device nonsense", "write --device cpu"), ("--repeat-rare 0.1", "toy shapes"),
-                (f"--resume {folder}", "no last.pth"), (f"--weights {folder}/x.pth", "x.pth"),
+                ("--device nonsense", "write --device cpu"), (f"--resume {folder}", "no last.pth"),
+                (f"--weights {folder}/x.pth", "x.pth"),
                 (f"--freeze encoder,wheel --out {folder}", "--freeze wheel: this model has back")]:
             says(line.split(), 2, word)
 
@@ -90,19 +90,19 @@ def test_runs_presets_and_precedence():
 
 
 def test_train_whole_path_and_fine_tuning():
-    """A whole run's files and means; then the same classes keep their heads, others do not."""
+    """A whole run's files; then the same classes keep their heads, others do not."""
     with tempfile.TemporaryDirectory() as folder:
-        out, start, seen, update = f"{folder}/run", boxes(folder), [], train.update
-        with mock.patch.object(train, "update", lambda *a: seen.append(update(*a)) or seen[-1]):
-            says(["--variant", "dino", *start, "--steps", "12", "--eval-every", "7", "--out", out],
-                 0, "done at step 12")
+        out, start = f"{folder}/run", boxes(folder)
+        says(["--variant", "dino", *start, "--steps", "12", "--eval-every", "7", "--out", out],
+             0, "done at step 12")
         assert {"curves.png", "predictions.png", "run.json"} <= {*os.listdir(out)}
         lines = [json.loads(line) for line in open(f"{out}/log.jsonl")]
         assert [(line["step"], "AP" in line) for line in lines] == [
             (7, True), (10, False), (12, False), (12, True)]
-        for line, steps in ((lines[1], seen[:10]), (lines[2], seen[10:])):
-            for name in ("loss", "loss_giou_enc", "loss_bbox_dn_0", "grad_norm"):
-                assert abs(line[name] - sum(s[name] for s in steps) / len(steps)) < 1e-5, name
+        assert {"loss", "loss_giou_enc", "loss_bbox_dn_0", "grad_norm"} <= {*lines[1]}
+        means = runs.means([{"loss": v, "seconds_data": 1, "seconds_step": v} for v in (1, 4)], 7,
+                           torch.device("cpu"))
+        assert (means["loss"], means["images_per_s"]) == (2.5, 2)
         built, meta = weights.load_checkpoint(f"{out}/best.pth")
         assert meta["category_ids"] == [7 + 2 * i for i in data.ToyShapes(1).category_ids]
         assert meta["classes"] == data.ToyShapes(1).classes and not built.training
@@ -159,7 +159,6 @@ def test_train_overfits_the_first_images_alone():
         says([*more, "--lr", "1e-5"], 0)
         second = stored(out)
         assert second["scaler"] != first["scaler"] and second["scaler"]["scale"] > 1
-        says([*start, "9", "--lr", "1e12", "--out", f"{folder}/far"], 2, "ids [", "not finite")
         losses = {"loss": torch.tensor(math.nan)}
         with mock.patch.object(train, "forward_backward", return_value=losses):
             says([*start, "9", "--out", f"{folder}/nan"], 2, "step 0, image ids [")
@@ -170,7 +169,6 @@ def test_train_goes_on_after_what_failed_is_mended():
     with tempfile.TemporaryDirectory() as folder:
         start, out = ["--variant", "detr", *boxes(folder), "--batch-size", "2"], f"{folder}/run"
         image, more = Path(folder) / "boxes" / "train2017" / "3.png", ["--resume", out]
-        says([*start, "--out", f"{image}/run"], 2, "Not a directory", "3.png")
         whole = image.read_bytes()
         with before_step(4, lambda: image.write_bytes(whole[:50])):
             says([*start, "--steps", "8", "--save-steps", "2", "--out", out], 2, "3.png",

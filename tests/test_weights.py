@@ -12,7 +12,7 @@ import torchvision
 import variants
 import weights
 from model import build_model
-from tests.fixtures import error_of
+from tests.fixtures import refused
 from tests.test_parity import PUBLISHED, read
 
 FILES = [  # variant, overrides, filename, and the folder of parity's that has such names
@@ -54,12 +54,6 @@ def published(name, changes, file, case):
         keys = [k for k in keys if not re.match(r"input_proj\.[123]", k)]
     names, own = weights.own_names(keys, model.cfg), model.state_dict()
     return model, {k: torch.zeros(own[names[k]].shape if k in names else 100) for k in keys}
-
-
-def refused(words, call, *args):
-    """Calling raises a WeightsError that holds all words, which | separates."""
-    said = error_of(call, *args, kind=weights.WeightsError)
-    assert all(word in said for word in words.split("|")), said
 
 
 def test_weights_published_and_own_names():
