@@ -327,7 +327,8 @@ def draw_queries(folders, out, **loading):
         chosen, recipe = json.loads((Path(folder) / "run.json").read_text())["run"], meta["recipe"]
         transform = data.eval_transform(recipe["image_size"], recipe["max_size"])
         dataset = data.open_data(chosen["data"], chosen["data_root"], "val", transform,
-                                 meta["category_ids"], recipe["image_size"])
+                                 dict(zip(meta["category_ids"], meta["classes"])),
+                                 recipe["image_size"])
         centres, near = query_habits(model, dataset, **loading)
         x, y = centres.mean(0).T
         strays = (centres - centres.mean(0)).norm(dim=-1).mean(0)

@@ -2,10 +2,10 @@
 
     backbone -> neck -> tokens -> encoder -> memory -> queries -> decoder -> heads
 
-One class, `Detector`, is the whole family (DETR, Carion 2020; Conditional DETR, Meng 2021; DAB-DETR,
-Liu 2022; Deformable DETR, Zhu 2021; DN-DETR, Li 2022; DINO, Zhang 2023; DiffuDETR, ICLR 2026); a
-field of `Config` (variants.py) switches each idea on. Read `Detector.forward` first: it tells the story in order. Then `encode`, `proposals`,
-`first_queries`, `decode`.
+One class, `Detector`, is the whole family (DETR, Carion 2020; Conditional DETR, Meng 2021;
+DAB-DETR, Liu 2022; Deformable DETR, Zhu 2021; DN-DETR, Li 2022; DINO, Zhang 2023; DiffuDETR, ICLR
+2026); a field of `Config` (variants.py) switches each idea on. Read `Detector.forward` first: it
+tells the story in order. Then `encode`, `proposals`, `first_queries`, `decode`.
 
 Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes, d channels, M
 heads, D channels a head.
@@ -82,10 +82,10 @@ class Memory(NamedTuple):
 
 # Attention to the image has one protocol, and three classes have it, DenseAttention,
 # ConditionalAttention and msda.MSDeformAttn: `read(memory)` computes what a layer reads of the
-# memory, once for all evaluations (nn.MultiheadAttention cannot); `attn(x, pos, around, read)` then
-# answers queries x [B, Q, d] with positions pos [B, Q, d]. `around` is where they look: nothing
-# (dense), the sine of the reference [B, Q, d] (conditional), or the reference itself in every
-# level's map [B, Q, levels, 2 or 4] (deformable).
+# memory, once for all evaluations (nn.MultiheadAttention alone cannot); then `attn(x, pos, around,
+# read)` answers queries x [B, Q, d] with positions pos [B, Q, d]. `around` is where they look:
+# nothing (dense), the sine of the reference [B, Q, d] (conditional), or the reference itself in
+# every level's map [B, Q, levels, 2 or 4] (deformable).
 
 def attend(q, k, v, heads, allowed, dropout):
     """Scaled dot products in `heads` parts of the channels: q [B, Q, c], k [B, S, c], v [B, S, d]
@@ -95,19 +95,11 @@ def attend(q, k, v, heads, allowed, dropout):
     return y.transpose(1, 2).flatten(2)
 
 
-class DenseAttention(nn.Module):
+class DenseAttention(nn.MultiheadAttention):
     """Attention to all tokens (Vaswani 2017, as DETR has it): content and position are summed."""
 
-    def __init__(self, d, heads, dropout):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * d, d))  # rows: queries, keys, values
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * d))
-        self.out_proj = nn.Linear(d, d)
-        nn.init.zeros_(self.out_proj.bias)
-
     def project(self, x, part):
-        """x [B, N, d] by the part-th third of the projection."""
+        """x [B, N, d] to queries (part 0), keys (1) or values (2)."""
         return F.linear(x, self.in_proj_weight.chunk(3)[part], self.in_proj_bias.chunk(3)[part])
 
     def read(self, memory):
@@ -117,7 +109,7 @@ class DenseAttention(nn.Module):
 
     def forward(self, x, pos, around, read):
         keys, values, real = read
-        return self.out_proj(attend(self.project(x + pos, 0), keys, values, self.heads, real,
+        return self.out_proj(attend(self.project(x + pos, 0), keys, values, self.num_heads, real,
                                     self.dropout * self.training))
 
 

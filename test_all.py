@@ -164,7 +164,8 @@ def test_matcher_align_serves_every_target():
 
 def test_matcher_align_as_published_leaves_targets_out():
     """Its k is at most half of the queries a target, and stays low for the batch's next images."""
-    for counts, k in (((5, 3), [2, 2]), ((10, 3), [1, 1]), ((3, 20, 3), [2, 0, 0]), ((0, 4), [2, 2])):
+    for counts, k in (((5, 3), [2, 2]), ((10, 3), [1, 1]), ((3, 20, 3), [2, 0, 0]),
+                      ((0, 4), [2, 2])):
         cfg = variants.align.but(num_classes=5, num_queries=30, copies_rule="published")
         logits, boxes, targets = predictions(2, counts, 30)
         ((layer, image, _, _),) = matcher.match([(logits, boxes, targets)], cfg, [[2, 1]])

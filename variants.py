@@ -155,8 +155,8 @@ class Config:
                              "code) and ia (Align-DETR)", "ce", "focal", "vfl", "ia")
     copies: int = option(1, "queries a target in all but the last layer (Align-DETR: 2)")
     copies_rule: str = option(
-        "fair", "where they do not go round: fair: every target keeps one; published: see matcher.py"
-        ": some batches lose targets", "fair", "published", when={"copies": range(2, 10 ** 9)})
+        "fair", "where they do not go round: fair: every target keeps one; published (Align-DETR's "
+        "code): some get none", "fair", "published", when={"copies": range(2, 10 ** 9)})
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")
