@@ -185,7 +185,7 @@ def image_attention(cfg):
 
 def activation(cfg):
     """Of the feed-forward blocks; PReLU's slope below zero is learned (DAB-DETR)."""
-    return nn.PReLU() if cfg.activation == "prelu" else nn.ReLU(inplace=True)
+    return nn.PReLU() if cfg.activation == "prelu" else nn.ReLU()
 
 
 class EncoderLayer(nn.Module):
