@@ -307,6 +307,7 @@ def run(argv):
     add("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
+    add("--annotations", help="with --data: the annotation file (default: searched for)")
     add("--data-root", help="with --data coco: where it is")
     add("--batch-size", type=int, default=4, help="with --data: images at a time")
     add("--workers", type=int, default=2, help="with --data: processes that read them")
@@ -341,9 +342,10 @@ def run(argv):
         out = args.out or args.weights.parent / "predictions"
         results = predict(model, meta, args.images, transform, out, args.score, args.trajectory)
         failed = sum("error" in result for result in results)
-        print(f"{len(results) - failed} of {len(results)} images: {out}")
+        print(f"{len(results) - failed} of {len(results)} photos: {out}")
         return int(failed > 0 or not results)
-    dataset = data.open_data(args.data, args.data_root, "val", transform, labels, size)
+    dataset = data.open_data(args.data, args.data_root, "val", transform, labels, size,
+                             annotations=args.annotations, held_out=meta["held_out"])
     out = args.out or args.weights.parent
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import data
 import variants
 from variants import Config, ConfigError, Recipe, option
-from weights import WeightsError, load_checkpoint, read_checkpoint
+from weights import WeightsError, read_checkpoint, read_meta
 
 
 # ============================================================================= the command line
@@ -26,7 +26,10 @@ from weights import WeightsError, load_checkpoint, read_checkpoint
 class Options:
     """What a run is beside its model and its recipe, whose fields are options of train.py too."""
     variant: str = option("diffu", f"one of {', '.join(variants.VARIANTS)} (default: diffu)")
-    data: str = option("toy", "toy, coco, or a folder in COCO's layout (default: toy)")
+    data: str = option("toy", "toy, coco, or a folder of images and boxes (default: toy)")
+    annotations: str = option(None, "the annotation file (default: searched for in --data)")
+    val_share: float = option(0.0, "share of the images to validate on, where no split exists",
+                              high=0.9)
     data_root: str = option(None, "where COCO is (default: $COCO_ROOT, else data/coco)")
     preset: str = option("auto", "the paper's size and recipe (auto: on coco), or one that learns "
                          "from scratch on a CPU (on other data)", "auto", "published", "small")
@@ -47,7 +50,7 @@ class Options:
 
 
 # May change when a run is resumed; everything else is what the run is.
-FREE = {"resume", "data", "data_root", "device", "workers", "epochs", "steps", "eval_every", "lr",
+FREE = {"resume", "data", "data_root", "annotations", "device", "workers", "epochs", "steps", "eval_every", "lr",
         "lr_backbone", "micro_batch", "save_steps", "clip_norm", "keep_every",
         "checkpoint_activations"}
 LAST = ("last.pth", "last.prev.pth")  # a run's newest checkpoint, and the one before it
@@ -86,7 +89,7 @@ def settle(given):
     toy, changes = given.get("data", "toy") == "toy", {}
     options = asdict(Options(**{"workers": 0 if toy else 2} | options))
     if options["weights"]:
-        _, meta = load_checkpoint(options["weights"])
+        _, meta = read_meta(options["weights"])
         for name in ("variant", "preset", "backbone_weights"):
             if name in given and given[name] != meta.get(name):
                 raise ConfigError(f"--weights {options['weights']} has its own {name}: omit yours")

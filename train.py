@@ -44,7 +44,9 @@ class Run:
         sizes, known = (recipe.image_size, recipe.max_size), options.get("known") or {}
         plain = data.eval_transform(*sizes)
         augment = plain if options["overfit"] else data.train_transform(*sizes, crop=recipe.crop)
-        opened = partial(data.open_data, options["data"], options["data_root"], image_size=sizes[0])
+        opened = partial(data.open_data, options["data"], options["data_root"], image_size=sizes[0],
+                         annotations=options["annotations"], seed=options["seed"],
+                         share=None if options["overfit"] else options["val_share"])
         labels = checkpoint and dict(zip(checkpoint["category_ids"], checkpoint["classes"]))
         train_set = opened("train", augment, labels)
         labels = dict(zip(train_set.category_ids, train_set.classes))
@@ -101,7 +103,8 @@ class Run:
         checkpoint = {"format": "minDETR", "variant": self.options["variant"], "step": self.step,
                       "config": asdict(self.model.cfg), "recipe": asdict(self.recipe),
                       "category_ids": self.train_set.category_ids,
-                      "classes": self.train_set.classes}
+                      "classes": self.train_set.classes,
+                      "held_out": self.val_set.names.tolist() if self.options["val_share"] else []}
         if whole:
             checkpoint |= dict(
                 run=self.options, best=self.best, tested=self.tested, model=self.model.state_dict(),
