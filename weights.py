@@ -314,7 +314,8 @@ def load_backbone(model, which):
             state = weights.get_state_dict(progress=True, check_hash=True)
         except Exception as error:  # no network, no room, a file cut short or of another hash
             raise WeightsError(f"{weights.url} cannot be downloaded ({error}): put it at {label}, "
-                               "or give --backbone-weights PATH or none") from None
+                               "give --backbone-weights PATH, or --backbone-weights none, which "
+                               "needs no network, but many more images or epochs") from None
         finally:
             socket.setdefaulttimeout(timeout)
     else:

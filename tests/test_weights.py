@@ -135,5 +135,5 @@ def test_weights_backbone():
             weights.load_backbone(model, source)
             assert torch.equal(model.backbone.conv1.weight, expected.conv1.weight)
         for which, words in ((path, "missing|resnet34"), ("none", "--backbone-norm batch"), (
-                "default", f"no net|resnet34-|{folder}|--backbone-weights PATH or none")):
+                "default", f"no net|resnet34-|{folder}|--backbone-weights none, which")):
             refused(words, weights.load_backbone, other, which)
