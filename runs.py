@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -79,8 +78,9 @@ def parse_args(parser, argv, names=()):
     """parser.parse_args, but an unknown option is one line with the nearest of names or its own."""
     args, strange = parser.parse_known_args(argv)
     if strange:
-        near = get_close_matches(strange[0].replace("-", "_").strip("_"), [*names, *vars(args)], 1, 0)
-        parser.exit(2, f"error: no option {strange[0]}; do you mean --{near[0]}?\n".replace("_", "-"))
+        known = ["--" + name.replace("_", "-") for name in (*names, *vars(args))]
+        near = get_close_matches(strange[0], known, 1, 0)[0]
+        parser.exit(2, f"error: no option {strange[0]}; do you mean {near}?\n")
     return args
 
 

@@ -137,8 +137,8 @@ class Run:
         if metrics["AP"] > self.best or not (self.out / "best.pth").exists():
             self.best = metrics["AP"]
             self.save("best.pth", whole=False)
-            evaluation.picture_grid(model, self.val_set, self.out / "predictions.png", score=0.3,
-                                    limit=limit)
+            evaluation.picture_grid(model, self.val_set, self.out / "predictions.png",
+                                    range(min(8, limit or 8, len(self.val_set))))
         self.save()
         evaluation.plot_curves(self.log, self.out / "curves.png")
 
