@@ -8,8 +8,12 @@ import json
 import math
 import os
 import random
+import re
 import signal
+from collections import Counter
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,11 +33,13 @@ class DataError(Exception):
 
 # ======================================================================= one image, one sample
 
-def read_image(path, size=None):
+def read_image(path, size=None, head=False):
     """Any image file -> PIL image, RGB, upright (EXIF orientation applied), or unrotated, if only
-    that matches `size`, the (w, h) in its annotations. Raises DataError."""
+    that matches `size`, the (w, h) in its annotations; head: only its size. Raises DataError."""
     try:
         with Image.open(path) as stored:
+            if head:
+                return stored.size[::-1 if stored.getexif().get(0x0112, 1) > 4 else 1]
             image = ImageOps.exif_transpose(stored)
             image = stored if stored.size == size != image.size else image
             if image.mode[0] == "I":  # gray of 16 bits, which convert() would clip at 255
@@ -77,7 +83,9 @@ class Images(Dataset):
     def name_labels(self, categories, known, file):
         """COCO's categories, and `known` ones {id: name} if they count the labels -> category_ids
         and classes [C] by label, label_of {id: label}, which has the ids in the file."""
-        names = {record["id"]: str(record.get("name", "?")) for record in categories}
+        names = {record["id"]: re.sub(  # on one line, without halves of surrogate pairs
+            r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(record.get("name", "?"))).strip()
+            for record in categories}
         labels = known or dict(sorted(names.items()))
         for key, name in names.items():
             if labels.get(key) != name:  # the same ids may mean other things
@@ -147,94 +155,224 @@ def train_transform(size=800, max_size=1333, flip=True, crop=True, exact=False):
 eval_transform = partial(train_transform, flip=False, crop=False, exact=True)  # only a resize
 
 
-# ==================================================================== folders in COCO's layout
+# ================================================================== folders of people's own boxes
+
+NAMES = {"train": ("train2017", "train", "Train"),
+         "val": ("val2017", "val", "valid", "validation", "Validation"),
+         "both": ("default", "result", ".", "annotations")}  # CVAT's, Label Studio's, ...
+FILES = ("annotations/instances_{}.json", "{}/_annotations.coco.json", "annotations/{}.json",
+         "{}.json")  # COCO's and CVAT's, Roboflow's, ...
+
+
+def find_annotations(root, split, given=None, share=None, held_out=()):
+    """The annotation file of a split below root, and whether it is to be cut into both."""
+    if not os.path.isdir(root):
+        raise DataError(what_is_it(Path(root)))
+    train, val, both = (None, None, given) if given else (
+        next((str(path) for name in names for form in FILES
+              if (path := Path(root, form.format(name))).is_file()), None)
+        for names in NAMES.values())
+    if val and share:
+        raise DataError(f"--val-share {share}: {root} has a validation split, {val}. Omit it.")
+    if val and split == "val" or train and split == "train" and not share:
+        return val if split == "val" else train, False
+    if not (train or both):
+        single = [*Path(root).glob("*.json"), *Path(root).glob("*/*.json")]
+        if len(single) != 1:
+            raise DataError(what_is_it(Path(root)))
+        both = str(single[0])
+    if not share and not held_out and (train or share == 0):
+        raise DataError(f"{root} has one annotation file, {train or both}, and no validation split:"
+                        " --val-share 0.1 cuts one.")
+    return train or both, True
+
+
+def what_is_it(root):
+    """A sentence on a folder without an annotation file in COCO's format."""
+    if not root.is_dir():
+        near = get_close_matches(root.name, os.listdir(root.parent) if root.name else [], 1)
+        return f"{root} is missing or no folder{f': do you mean {near[0]}?' if near else '.'}"
+    text, xml = (sorted({path.parent for path in root.rglob(end)}) for end in ("*.txt", "*.xml"))
+    yaml, code = next(iter(sorted(root.rglob("*.y*ml"))), root / "data.yaml"), []
+    if (names := root / "classes.txt").exists() and not yaml.exists():  # Label Studio's
+        code = [f"open('{yaml}', 'w').write('names: %s' % open('{names}').read().split())"]
+    yolo = [path for path in text if "labels" in path.relative_to(root).parts]
+    for path in yolo or xml:
+        split = [p for p in path.relative_to(root).parts if p not in ("labels", "Annotations")]
+        images, out = str(path).replace("labels", "images"), Path(f"{root}-coco", *split[-1:])
+        read = f"yolo('{images}', '{path}', '{yaml}')" if yolo else (
+            f"pascal_voc('{images.replace('Annotations', 'JPEGImages')}', '{path}')")
+        code.append(f"sv.DetectionDataset.from_{read}.as_coco('{out}', '{out}/{FILES[1][3:]}')")
+    if yolo or xml:
+        return (f"{root} is in {'YOLO' if yolo else 'Pascal VOC'} format. Convert it once and give "
+                f"--data {root}-coco\n  pip install supervision && python -c \"import supervision "
+                f'as sv; {"; ".join(code)}"')
+    found = sorted(str(p.relative_to(root)) for p in (*root.glob("*.json"), *root.glob("*/*.json")))
+    known = [form.format(name) for names in NAMES.values() for name in names for form in FILES]
+    near = [f"{file} (nearest: {get_close_matches(file, known, 1, 0)[0]})" for file in found[:3]]
+    return (f"{root}: which annotation file? It holds {', '.join(near or os.listdir(root)[:5])}. "
+            "Give a COCO export of Roboflow, CVAT, ... as it was unpacked, or --annotations FILE.")
+
 
 def _load_json(file):
     try:
-        with open(file, encoding="utf-8-sig") as stream:  # with a byte order mark or without
-            coco = json.load(stream, object_pairs_hook=lambda pairs: {  # outlines take gigabytes
-                key: value for key, value in pairs if key != "segmentation"})
+        coco = json.loads(Path(file).read_bytes(), object_pairs_hook=lambda pairs: {
+            key: value for key, value in pairs if key != "segmentation"})  # outlines take gigabytes
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: is not UTF-8. Save it as UTF-8 in an editor.") from None
     except (ValueError, OSError) as error:
         raise DataError(f"{file}: cannot be read as JSON ({error}). Write it again.") from None
     for key in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not coco.get(key) or not isinstance(coco[key], list):
-            raise DataError(f"{file}: '{key}' is no list, or empty. The format is explained at "
-                            "https://cocodataset.org/#format-data.")
-    for record in (*coco["images"], *coco["categories"]):
-        if not isinstance(record, dict) or type(record.get("id")) is not int:
-            raise DataError(f"{file}: {record}: its 'id' must be a whole number.")
+        if not isinstance(coco, dict) or not coco.get(key) or not isinstance(coco[key], list) or (
+                not all(isinstance(record, dict) for record in coco[key])):
+            raise DataError(f"{file}: '{key}' is no list of records, or empty. Export it in COCO's "
+                            "format: https://cocodataset.org/#format-data.")
     return coco
 
 
+def plain(value):
+    """What a field means: a text that holds a number, truth value or list is that; 3.0 is 3."""
+    try:
+        value = json.loads(value.lower()) if isinstance(value, str) else value
+    except ValueError:  # another text
+        return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def number(value):
+    """A finite number, as such or written as text; or None."""
+    value = value if type(value) is float else plain(value)
+    return value if type(value) in (int, float) and math.isfinite(value) else None
+
+
 class CocoFolder(Images):
-    """A folder in COCO's layout, whose annotations are checked when it is opened.
-    known: {category id: name} by label, as of a checkpoint; None: the file's, sorted.
-    Attributes: image_ids [N], category_ids and classes [C], summary (a line)."""
+    """A folder of images whose annotations are judged when it is opened: what has one meaning is
+    kept, and counted in the summary where it is unusual; the rest is a DataError.
+    known: {category id: name} by label, as of a checkpoint; None: the file's, sorted. Where one
+    file has both splits, `share` of its images, drawn by `seed`, or those named in `held_out` are
+    for "val". Attributes: image_ids, names [N], category_ids, classes [C], summary (a line)."""
 
-    def __init__(self, root, split="train2017", transform=None, known=None):
-        self.root, self.split, self.transform = root, split, transform
-        self.file = os.path.join(root, "annotations", f"instances_{split}.json")
-        for what in (self.file, os.path.join(root, split)):
-            if not os.path.exists(what):
-                raise DataError(f"{what} is missing. A folder needs train2017/, val2017/ (images) "
-                                "and annotations/instances_{train2017,val2017}.json, like COCO: "
-                                "https://cocodataset.org/#download. Or use 'toy'.")
+    def __init__(self, root, split="train", transform=None, known=None, annotations=None,
+                 share=None, seed=0, held_out=()):
+        self.root, self.transform, self.notes = os.path.abspath(root), transform, Counter()
+        self.file, both = find_annotations(root, split, annotations, share, held_out)
         coco = _load_json(self.file)
+        for record in coco["categories"]:
+            record["id"] = self.whole("category", record, "id")
         self.name_labels(coco["categories"], known, self.file)
-        self.find_images(coco["images"])
-        self.take_boxes(coco["annotations"])
+        self.find_images(coco["images"], NAMES["train" if both else split])
+        self.judge(coco["annotations"])
+        names = self.names.tolist()
+        if both and share:
+            count = min(max(1, round(share * len(names))), len(names) - 1)
+            held_out = random.Random(f"val {seed}").sample(sorted(names), count)
+        val = {*held_out}.intersection(names if both else ())
+        self.keep([i for i, name in enumerate(names)
+                   if not val or (name in val) == (split == "val")])
 
-    def find_images(self, images):
+    def refuse(self, kind, record, field, why):
+        raise DataError(f"{self.file}: {kind} {record.get('id', record)}: {field} is "
+                        f"{record.get(field)!r}, {why}.")
+
+    def whole(self, kind, record, field):
+        """A field that must be a whole number."""
+        if type(value := plain(record.get(field))) is not int:
+            self.refuse(kind, record, field, "it must be a whole number")
+        self.notes[f"{field}s written as text"] += isinstance(record[field], str)
+        return value
+
+    def find_images(self, images, parts):
         """COCO's list of images -> image_ids [N], names [N] (paths below root), sizes [N,2]."""
-        names, sizes, folder = {}, {}, os.path.join(self.root, self.split)
-        present = set(os.listdir(folder))  # one listing: a stat each takes minutes over a network
+        paths, sizes, root = {}, {}, os.path.join(self.root, "")
+        folders = [os.path.join(self.root, up, part) for part in (*parts, "default", "")
+                   for up in ("", "images")] + [os.path.dirname(os.path.abspath(self.file))]
+        # One listing of each: a stat for every image takes minutes over a network.
+        listed = {folder: {*os.listdir(folder)} for folder in folders if os.path.isdir(folder)}
         for record in images:
-            key, w, h = record["id"], record.get("width"), record.get("height")
+            key = record.get("id")
+            key = key if key and isinstance(key, str) else self.whole("image", record, "id")
             # LVIS mixes COCO's halves, and names an image's by its address alone.
             name = str(record.get("file_name") or "/".join(
                 str(record.get("coco_url")).split("/")[-2:]))
-            path = os.path.join(self.split, name)
-            if name not in present and not os.path.exists(os.path.join(self.root, path)):
-                path = name  # LVIS and V3Det count from the root
-                if not os.path.exists(os.path.join(self.root, path)):
-                    raise DataError(f"{os.path.join(folder, name)} (image id {key}) is missing. "
-                                    f"Add it, or remove it from {self.file}.")
-            if names.setdefault(key, path) != path:
-                raise DataError(f"{self.file}: image id {key} is {names[key]} and {path}.")
-            known = type(w) is type(h) is int and min(w, h) > 0
-            sizes[key] = (w, h) if known else read_image(os.path.join(self.root, path)).size
-        self.image_ids, self.names = list(names), np.array(list(names.values()))
-        self.sizes = np.array(list(sizes.values()))
+            slashed = name.replace("\\", "/")
+            path = next((path for folder in listed for form in (name, slashed)
+                         if (path := os.path.normpath(os.path.join(folder, form))).startswith(root)
+                         and (form in listed[folder] or "/" in form and os.path.isfile(path))), "")
+            if not path and (os.path.isabs(name) or ".." in slashed.split("/")):
+                self.refuse("image", record, "file_name", f"which leaves the folder {self.root}")
+            if not path:
+                near = get_close_matches(name, {*sum(map(list, listed.values()), [])}, 1)
+                raise DataError(f"{os.path.join(next(iter(listed)), name)} (image id {key}) is "
+                                f"missing{''.join(f', nearest: {other}' for other in near)}. Add "
+                                f"it, or remove it from {self.file}.")
+            if paths.setdefault(key, path) != path:
+                raise DataError(f"{self.file}: image id {key} is {paths[key]} and {path}.")
+            sides = [0 if record.get(side) in (None, "") else self.whole("image", record, side)
+                     for side in ("width", "height")]
+            if min(sides) <= 0:  # VIA's -1
+                self.notes["sizes read from the images"] += 1
+                sides = read_image(path, head=True)
+            sizes[key] = sides
+        self.image_ids, self.sizes = [*paths], np.array([*sizes.values()])
+        self.names = np.array([path.removeprefix(root) for path in paths.values()])
 
-    def take_boxes(self, annotations):
-        """Keep the boxes to learn from, image i's at offsets[i] : offsets[i + 1]. As arrays: to
-        read Python objects writes their reference counts, which copies them into each worker."""
+    def judge(self, annotations):
+        """Every annotation -> a row of raw [A,8], as `rows` gives them. As an array: to read Python
+        objects writes their reference counts, which copies them into each worker."""
         place = {key: i for i, key in enumerate(self.image_ids)}
-        self.raw = raw = np.empty((len(annotations), 8))  # as `rows` gives them
+        self.raw = np.empty((len(annotations), 8))
         for n, record in enumerate(annotations):
-            try:
-                x, y, w, h = record["bbox"]
-                if not math.isfinite(x + y + w + h):
-                    raise ValueError
-                area = record.get("area")
-                raw[n] = (place[record["image_id"]], self.label_of[record["category_id"]],
-                          bool(record.get("iscrowd")), w * h if area is None else area, x, y, w, h)
-            except (KeyError, TypeError, ValueError):
-                raise DataError(f"{self.file}: annotation {record}: image_id and category_id must "
-                                "be listed in the file, bbox four finite numbers.") from None
+            box = plain(record.get("bbox"))
+            box = [number(v) for v in box] if isinstance(box, list) and len(box) == 4 else [None]
+            if None in box:
+                self.refuse("annotation", record, "bbox", "it must be four finite numbers")
+            crowd, area = plain(record.get("iscrowd")), number(record.get("area"))
+            if crowd not in (None, "", 0, 1):
+                self.refuse("annotation", record, "iscrowd", "it must be 0 or 1")
+            if area is None or area < 0:
+                self.notes["areas recomputed"] += record.get("area") is not None
+                area = box[2] * box[3]
+            self.raw[n] = (self.listed(record, "image_id", place), self.listed(
+                record, "category_id", self.label_of), crowd or 0, area, *box)
+
+    def listed(self, record, field, table):
+        """What a table has for an id of an annotation, also where one is a text, one a number."""
+        key = record.get(field)
+        if type(key) not in (int, float, str) or key not in table:
+            other = plain(key) if type(key) in (int, float, str) else None
+            key = next((form for form in (other, str(other)) if form in table), None)
+            if key is None:
+                self.refuse("annotation", record, field, "it must be listed in the file")
+            self.notes["ids written as text"] += 1
+        return table[key]
+
+    def keep(self, chosen):
+        """Keep these images alone, and their boxes to learn from: i's are offsets[i] and on."""
+        place = np.full(len(self), -1)
+        place[chosen] = np.arange(len(chosen))
+        self.image_ids = [self.image_ids[i] for i in chosen]
+        self.names, self.sizes = self.names[chosen], self.sizes[chosen]
+        self.raw[:, 0] = place[self.raw[:, 0].astype(np.int64)]
+        self.raw = raw = self.raw[self.raw[:, 0] >= 0]
         (owner, labels), crowd = raw[:, :2].T.astype(np.int64), raw[:, 2] > 0
         corners = np.hstack([raw[:, 4:6], raw[:, 4:6] + raw[:, 6:]])
         boxes = corners.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1) & ~crowd  # COCO too has boxes without area
-        clipped = kept & (abs(corners - boxes) > 0.01).any(1)  # less is rounding, to two decimals
+        beyond = abs(corners - boxes).max(1)  # pixels; under 0.01 is rounding, to two decimals
         order = np.flatnonzero(kept)[np.argsort(owner[kept], kind="stable")]
         self.boxes, self.labels = boxes[order], labels[order]
-        if not kept.any() or corners.max() <= 1:  # YOLO's boxes are shares of the image
-            raise DataError(f"{self.file}: no bbox is x, y, width, height in pixels of its image.")
         self.offsets = np.searchsorted(owner[order], np.arange(len(self) + 1))
-        self.summary = (f"{len(self)} images, {len(order)} boxes ({clipped.sum()} clipped to the "
-                        f"image), {len(self.label_of)} classes; left out: {crowd.sum()} crowds, "
-                        f"{(~kept & ~crowd).sum()} boxes without area inside it")
+        notes = [f", {count} {what}" for what, count in self.notes.items() if count]
+        self.summary = (f"{len(self)} images, {len(order)} boxes ({(kept & (beyond > 0.01)).sum()} "
+                        f"clipped to the image), {len(self.label_of)} classes; left out: "
+                        f"{crowd.sum()} crowds, {(~kept & ~crowd).sum()} boxes without area inside "
+                        f"it{''.join(notes)}")
+        for bad, why in ((abs(raw[:, 4:]).max(initial=0) <= 1, "all boxes lie inside one pixel"),
+                         ((beyond > 1).sum() > len(raw) / 2, "most boxes leave their image"),
+                         (not len(order), "no box is left")):
+            if bad:
+                raise DataError(f"{self.file}: {why} ({self.summary}). A bbox is x, y, width and "
+                                "height in pixels: not fractions (YOLO), not x0, y0, x1, y1 (VOC).")
 
     def path(self, i):
         return os.path.join(self.root, self.names[i])
@@ -339,9 +477,9 @@ class ToyShapes(Images):
 
 
 def open_data(data, data_root=None, split="train", transform=None, known=None, image_size=128,
-              toy_count=None):
+              toy_count=None, **where):
     """The data set that a command line names: "toy", "coco" (in data_root, $COCO_ROOT or data/coco)
-    or a folder. split: "train" or "val". image_size, toy_count: of the toy pictures."""
+    or a folder (where: see `CocoFolder`). image_size, toy_count: of the toy pictures."""
     if data_root is not None and data != "coco":
         raise DataError(f"data_root '{data_root}' is for data 'coco', not '{data}'. Omit one.")
     if data == "toy":
@@ -349,7 +487,7 @@ def open_data(data, data_root=None, split="train", transform=None, known=None, i
         return ToyShapes(toy_count or count, image_size, seed, transform, known)
     if data == "coco":
         data = data_root or os.environ.get("COCO_ROOT") or os.path.join("data", "coco")
-    return CocoFolder(data, f"{split}2017", transform, known)
+    return CocoFolder(data, split, transform, known, **where)
 
 
 # =========================================================================== order and batches

@@ -231,18 +231,22 @@ def sample(decode, batch_size, cfg, device, dtype, generators=None, watch=None):
         decode: function of references [B, Q, 4] in [0, 1] and t [B], giving a tuple that
             starts with logits [L, B, Q, C] and boxes [L, B, Q, 4].
         generators: B CPU generators, so that an image's boxes depend neither on its batch nor on
-            the device; by default each is seeded with 0.
+            the device; by default each is seeded with 0. Or the noise itself, [S + 1, B, Q, 4].
         watch: called after every evaluation with a dict of what it saw: t, references, the last
             layer's logits and boxes, keep [B, Q] (False: it starts again from fresh noise).
 
     Renewal, the ensemble and the signal's scale are DiffusionDet's (Chen 2022). Returns the last
     decode(), and a list of every evaluation's `best_pairs` for the ensemble: kilobytes each.
     """
-    generators = generators or [torch.Generator().manual_seed(0) for _ in range(batch_size)]
-    if isinstance(generators, torch.Generator) or len(generators) != batch_size:
+    drawn = iter(generators) if torch.is_tensor(generators) else None  # an exported model's input
+    generators = generators if drawn or generators else [
+        torch.Generator().manual_seed(0) for _ in range(batch_size)]
+    if not drawn and (isinstance(generators, torch.Generator) or len(generators) != batch_size):
         raise ValueError(f"generators must be a list of {batch_size}, one per image")
 
     def noise():
+        if drawn:
+            return next(drawn)
         return torch.stack([draw_noise(cfg.noise, cfg.num_queries, 4, generator=g, dtype=dtype)
                             for g in generators]).to(device)
 

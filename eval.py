@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import permutations
@@ -23,19 +24,22 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.ndimage import uniform_filter1d
-from torchvision.ops import batched_nms, box_convert
+from torchvision.ops import batched_nms, box_convert, box_iou
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import data
 import diffusion
 import matcher
+import msda
 import runs
 import variants
 import weights
 
 METRICS = "AP AP50 AP75 AP_S AP_M AP_L AR1 AR10 AR100 AR_S AR_M AR_L".split()
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+RESULTS = "predictions.json"
+SCORE = 0.3  # what is shown, if nothing else is asked for
 COLOURS = [f"hsv({222.5 * i % 360:.0f}, 70%, 100%)" for i in range(1000)]  # neighbours differ
 
 
@@ -112,6 +116,11 @@ def coco_metrics(truth, detections, image_ids, table=False):
     scorer.eval = {"precision": np.concatenate(precision, 2), "recall": np.concatenate(recall, 1)}
     with contextlib.nullcontext() if table else contextlib.redirect_stdout(io.StringIO()):
         scorer.summarize()
+        names = {record["id"]: record.get("name", "") for record in truth["categories"]}
+        for category, curve, boxes in zip(categories, precision, sides[0].values()):
+            curve = curve[:, :, 0, 0, -1]  # all sizes, 100 detections
+            ap = f"{curve.mean():.3f}" if curve.size and curve.min() > -1 else "  -  "
+            print(f" AP {ap} of {names[category]} ({len(boxes)} boxes)")
     return dict(zip(METRICS, scorer.stats.tolist()))
 
 
@@ -123,8 +132,7 @@ def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True,
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     detections = []
     loader = data.loader(dataset, batches, workers, next(model.parameters()).device)
-    for images, mask, targets in tqdm(loader, "evaluating", len(batches), leave=False,
-                                      disable=None if progress else True):  # None: not in log files
+    for images, mask, targets in runs.progress(loader, "evaluating", len(batches), progress):
         sizes = torch.stack([target["orig_size"] for target in targets])
         for target, found in zip(targets, answer(model, images, mask, sizes)):
             for score, label, (x0, y0, x1, y1) in zip(*found.values()):
@@ -141,77 +149,180 @@ def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True,
 
 # ============================================================= images with boxes drawn, and curves
 
-def predict(model, meta, images, transform, folder, score=0.5, trajectory=False):
-    """Find objects in image files, or all in folders -> a dict per file, as in predictions.json:
-    "file", "picture" (drawn) and "detections", best first, bbox in pixels; or "file", "error"."""
-    paths, results, taken, classes = [], [], set(), meta["classes"]
+class Finder:
+    """A trained model that takes images as people have them; `load` gives one."""
+
+    def __init__(self, model, meta, image_size=None):
+        recipe, self.model, self.meta = meta["recipe"], model, meta
+        self.size = image_size or recipe["image_size"]  # short side; the long side's is in scale
+        self.transform = data.eval_transform(
+            self.size, round(self.size * recipe["max_size"] / recipe["image_size"]))
+
+    def __call__(self, images, score=SCORE, batch_size=4, watch=None):
+        """Objects in a path, a PIL image or an array [H,W,3] (uint8, RGB) -> a dict of lists, best
+        first: scores, labels, names, boxes (x0, y0, x1, y1 in pixels). Of a list: a list."""
+        if not isinstance(images, (list, tuple)):
+            return self([images], score, batch_size, watch)[0]
+        found = []
+        for start in range(0, len(images), batch_size):
+            batch = [image if isinstance(image, Image.Image) else data.read_image(image)
+                     if isinstance(image, (str, os.PathLike)) else Image.fromarray(np.array(image))
+                     for image in images[start:start + batch_size]]
+            none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None
+            resized = [self.transform(image.convert("RGB"), *none)[0] for image in batch]
+            pixels, mask, _ = data.collate([(data.pil_to_tensor(image), {}) for image in resized])
+            sizes = torch.tensor([image.size[::-1] for image in batch])
+            found += answer(self.model, pixels, mask, sizes, score, watch)
+        return [one | {"names": [self.meta["classes"][c] for c in one["labels"]]} for one in found]
+
+
+def load(weights_file, device=None, image_size=None, **changes):
+    """A detector from anybody's checkpoint: load("best.pth")("a.jpg"). changes: Config's fields."""
+    model, meta = weights.load_checkpoint(weights_file, **changes)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Finder(model.to(runs.own_device(device)), meta, image_size)
+
+
+def files_of(images):
+    """The image files in files and folders, all the way down but in folders of earlier predictions,
+    and the names of the other files."""
+    taken, left = [], []
     for path in map(Path, images):
         if not path.exists():
             raise data.DataError(f"--images {path}: there is no such file or folder")
-        paths += [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_ENDINGS
-                  and not p.name.startswith("._")] if path.is_dir() else [path]  # macOS' own
-    if folder.resolve() in (path.resolve().parent for path in paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file == path or file.suffix.lower() in IMAGE_ENDINGS and not (
+                    file.name.startswith("._") or (file.parent / RESULTS).exists()):  # ._: macOS'
+                taken.append(file)
+            elif file.is_file():
+                left.append(file.name)
+    return taken, left
+
+
+def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4):
+    """Find objects in image files, or all in folders, or in ["toy"] -> a dict per file, as in
+    predictions.json: "file", "picture" (drawn) and "detections", best first, bbox in pixels; or
+    "file", "error"."""
+    results, taken, classes, ids = [], set(), finder.meta["classes"], finder.meta["category_ids"]
+    if images == ["toy"] and not Path("toy").exists():
+        toys = data.open_data("toy", split="val", image_size=finder.size, toy_count=8)
+        sources, left = [(Path(f"toy-{i}"), toys.read(i)[0]) for i in range(len(toys))], []
+    else:
+        files, left = files_of(images)
+        sources = [(file, None) for file in files]
+    if folder.resolve() in (path.resolve().parent for path, _ in sources):
         raise data.DataError(f"--out {folder} holds images of --images: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(paths, "predicting", leave=False, disable=None):
-        results.append(result := {"file": str(path)})
-        try:
-            image = data.read_image(path)
-        except data.DataError as error:
-            result["error"] = str(error)
-            tqdm.write(f"error: {error}", file=sys.stderr)
-            continue
-        resized, _, _ = transform(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None)
-        pixels, mask, _ = data.collate([(data.pil_to_tensor(resized), {})])
-        steps, sizes = [], torch.tensor([image.size[::-1]])
-        (found,) = answer(model, pixels, mask, sizes, score, steps.append if trajectory else None)
-        result["detections"] = [
-            {"label": classes[c], "category_id": meta["category_ids"][c], "score": s,
-             "bbox": [x0, y0, x1 - x0, y1 - y0]} for s, c, (x0, y0, x1, y1) in zip(*found.values())]
-        name = path.stem
-        while name in taken:  # a/1.jpg and b/1.jpg
-            name += f"-{len(results)}"
-        taken.add(name)
-        result["picture"] = str(folder / f"{name}.jpg")
-        drawn = draw(image, classes, **found)
-        drawn.save(result["picture"], quality=92)
-        if trajectory:
-            steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
-            draw_trajectory(image, steps, drawn, folder / f"{name}-trajectory.png")
-    (folder / "predictions.json").write_text(json.dumps(results, indent=1))
+    size = 1 if trajectory else batch_size
+    batches = [sources[i:i + size] for i in range(0, len(sources), size)]
+    for chunk in runs.progress(batches, "predicting", len(batches)):
+        batch, steps = [], []
+        for path, image in chunk:
+            results.append(result := {"file": str(path)})
+            try:
+                batch.append((result, image or data.read_image(path)))
+            except data.DataError as error:
+                result["error"] = str(error)
+                tqdm.write(f"error: {error}", file=sys.stderr)
+        found = finder([image for _, image in batch], score, size, steps.append)
+        for (result, image), one in zip(batch, found):
+            result["detections"] = [
+                {"label": classes[c], "category_id": ids[c], "score": s,
+                 "bbox": [x0, y0, x1 - x0, y1 - y0]}
+                for s, c, (x0, y0, x1, y1) in zip(one["scores"], one["labels"], one["boxes"])]
+            name = Path(result["file"]).stem
+            while name in taken:  # a/1.jpg and b/1.jpg
+                name += f"-{len(results)}"
+            taken.add(name)
+            result["picture"] = str(folder / f"{name}.jpg")
+            drawn = draw(image, classes, one["boxes"], one["labels"], one["scores"])
+            drawn.save(result["picture"], quality=92)
+            if trajectory:
+                steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
+                draw_trajectory(image, steps, drawn, folder / f"{name}-trajectory.png")
+    (folder / RESULTS).write_text(json.dumps(results, indent=1))
+    if left:
+        print(f"left out: {len(left)} files ({', '.join(left[:5] + ['...'] * (len(left) > 5))})")
     return results
 
 
-def picture_grid(model, dataset, path, count=8, score=0.5, limit=None):
-    """Write one sheet: the first `count` images (`limit` at most), truth beside predictions."""
-    panels, classes, count = [], dataset.classes, min(count, limit or count, len(dataset))
-    for i in range(count):
+def mistakes(boxes, labels, truth, true_labels):
+    """Boxes [K,4] xyxy, best first, that fit no true box of their label at an IoU of 0.5, and true
+    boxes that none fits -> (indices of false alarms, of misses)."""
+    iou = box_iou(*(torch.tensor(np.array(side), dtype=torch.float64).reshape(-1, 4)
+                    for side in (boxes, truth))).tolist()
+    free, wrong = {*range(len(truth))}, []
+    for n, label in enumerate(labels):
+        fitting = [m for m in free if true_labels[m] == label and iou[n][m] >= 0.5]
+        if fitting:
+            free.remove(max(fitting, key=iou[n].__getitem__))
+        else:
+            wrong.append(n)
+    return wrong, sorted(free)
+
+
+def most_wrong(dataset, detections, image_ids, score=SCORE, count=8):
+    """Indices of the images with the most false alarms and misses, most first."""
+    place = {key: i for i, key in enumerate(image_ids)}
+    sides = [[([], []) for _ in place] for _ in range(2)]
+    rows = [(int(i), dataset.category_ids[int(label)], box)
+            for i, label, crowd, _, *box in dataset.rows() if not crowd and i < len(place)]
+    found = [(place[one["image_id"]], one["category_id"], one["bbox"])
+             for one in detections if one["score"] >= score]
+    for side, records in zip(sides, (found, rows)):
+        for i, label, (x, y, w, h) in records:
+            side[i][0].append([x, y, x + w, y + h])
+            side[i][1].append(label)
+    wrong = Counter({i: sum(map(len, mistakes(*a, *b))) for i, (a, b) in enumerate(zip(*sides))})
+    return [i for i, n in wrong.most_common(count) if n]
+
+
+def picture_grid(model, dataset, path, chosen, score=SCORE):
+    """Write one sheet: the images of these indices, truth beside predictions, mistakes marked."""
+    panels, classes = [], dataset.classes
+    for i in chosen:
         (image, target), (pixels, mask, _) = dataset[i], data.collate([dataset[i]])
         image = to_pil_image(image)
         image.thumbnail((640, 640))
         truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.size * 2)
-        panels.append(("ground truth", draw(image, classes, truth, target["labels"].tolist())))
+        truth, labels = truth.tolist(), target["labels"].tolist()
         (found,) = answer(model, pixels, mask, torch.tensor([image.size[::-1]]), score)
-        panels.append((f"score {score:g} or more", draw(image, classes, **found)))
+        wrong, missed = mistakes(found["boxes"], found["labels"], truth, labels)
+        marks = {n: "false alarm" for n in wrong} | {
+            len(found["boxes"]) + n: "missed" for n in range(len(missed))}
+        panels += [("ground truth", draw(image, classes, truth, labels)), (
+            f"score {score:g} or more: {len(missed)} missed, {len(wrong)} false", draw(
+                image, classes, found["boxes"] + [truth[m] for m in missed],
+                found["labels"] + [labels[m] for m in missed], found["scores"], marks))]
     sheet(panels, 4).save(path)
 
 
-def draw(image, classes, boxes, labels, scores=None):
-    """A copy of a PIL image, enlarged if small, with boxes [K, 4] (xyxy in pixels) and names."""
+def draw(image, classes, boxes, labels, scores=(), marks=None):
+    """A copy of a PIL image, enlarged if small, with boxes [K, 4] (xyxy in pixels, best first) and
+    names, of which those in the way of better ones are smaller or absent. marks: {index: word}."""
     zoom = max(1, round(480 / max(image.size)))
-    image = ImageOps.scale(image.convert("RGB"), zoom)
+    image, marks = ImageOps.scale(image.convert("RGB"), zoom), marks or {}
     (width, height), longest, pen = image.size, max(image.size), ImageDraw.Draw(image)
-    line, font = max(3, longest // 250), ImageFont.load_default(max(13, longest / 45))
     boxes = [np.clip(np.multiply(box, zoom), 0, (width - 1, height - 1) * 2) for box in boxes]
-    for box, label in zip(boxes, labels):
-        pen.rectangle([*box], outline=COLOURS[label % 1000], width=line)
-    for n in reversed(range(len(boxes))):  # names on top of all boxes, the best name last
-        (x0, y0, _, _), colour = boxes[n], COLOURS[labels[n] % 1000]
-        text = classes[labels[n]] + ("" if scores is None else f" {scores[n]:.2f}")
-        w, h = pen.textlength(text, font) + 6, font.size * 1.3
-        x, y = max(min(x0, width - w), 0), max(y0 - h, 0)  # above the box, but inside the image
-        pen.rectangle((x, y, x + w, y + h), fill=colour)
-        pen.text((x + 3, y + h / 2), text, "black", font, anchor="lm")
+    colours = ["white" if marks.get(n) == "missed" else "red" if n in marks else
+               COLOURS[label % 1000] for n, label in enumerate(labels)]
+    for n, box in enumerate(boxes):
+        pen.rectangle([*box], outline=colours[n], width=max(3, longest // 250))
+        if n in marks:
+            pen.line([*box], colours[n])
+    texts = []  # their places: x0, y0, x1, y1
+    for n, (x0, y0, _, _) in enumerate(boxes):
+        score = f"{scores[n]:.2f}" if n < len(scores) else ""
+        text = " ".join(filter(None, (marks.get(n), classes[labels[n]][:40], score)))
+        for share in (1, 0.7):
+            font = ImageFont.load_default(share * max(13, longest / 45))
+            w, h = pen.textlength(text, font) + 6, font.size * 1.3
+            x, y = max(min(x0, width - w), 0), max(y0 - h, 0)  # above the box, inside the image
+            if all(x + w <= a or c <= x or y + h <= b or d <= y for a, b, c, d in texts):
+                texts.append((x, y, x + w, y + h))
+                pen.rectangle(texts[-1], fill=colours[n])
+                pen.text((x + 3, y + h / 2), text, "black", font, anchor="lm")
+                break
     return image
 
 
@@ -323,13 +434,13 @@ def draw_queries(folders, out, **loading):
     from matplotlib.figure import Figure
     figure, lines = Figure(figsize=(5.5 * len(folders), 5), layout="constrained"), []
     for axis, folder in zip(figure.subplots(1, len(folders), squeeze=False)[0], folders):
-        model, meta = weights.load_checkpoint(Path(folder) / "best.pth")
-        chosen, recipe = json.loads((Path(folder) / "run.json").read_text())["run"], meta["recipe"]
-        transform = data.eval_transform(recipe["image_size"], recipe["max_size"])
-        dataset = data.open_data(chosen["data"], chosen["data_root"], "val", transform,
-                                 dict(zip(meta["category_ids"], meta["classes"])),
-                                 recipe["image_size"])
-        centres, near = query_habits(model, dataset, **loading)
+        finder = load(Path(folder) / "best.pth")
+        chosen, meta = json.loads((Path(folder) / "run.json").read_text())["run"], finder.meta
+        dataset = data.open_data(
+            chosen["data"], chosen["data_root"], "val", finder.transform,
+            dict(zip(meta["category_ids"], meta["classes"])), finder.size,
+            annotations=chosen["annotations"], held_out=meta["held_out"])
+        centres, near = query_habits(finder.model, dataset, **loading)
         x, y = centres.mean(0).T
         strays = (centres - centres.mean(0)).norm(dim=-1).mean(0)
         points = axis.scatter(x, y, c=strays, vmin=0, cmap="viridis")
@@ -342,6 +453,43 @@ def draw_queries(folders, out, **loading):
     return lines
 
 
+# ============================================================================= for other programs
+
+class Exported(torch.nn.Module):
+    """images [B,3,H,W], mask [B,H,W] and, of a diffusion model, noise [S+1,B,Q,4] -> logits [B,Q,C]
+    and boxes [B,Q,4] of the last layer: what `postprocess` reads."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, mask, noise=None):
+        outputs = self.model(images, mask, generator=noise)
+        return outputs["logits"][-1], outputs["boxes"][-1]
+
+
+def export(model, size, path):
+    """Write the model for square images of `size` pixels, any number at a time: .onnx or .pt2."""
+    images, cfg = torch.randn(2, 3, size, size), model.cfg
+    inputs = {"images": images, "mask": images[:, 0] > 9}
+    if cfg.reference == "noise":
+        inputs["noise"] = torch.randn(cfg.sampling_steps + 1, 2, cfg.num_queries, 4)
+    batch, before, msda.BACKEND = torch.export.Dim("batch", min=1), msda.BACKEND, "torch"
+    shapes = {name: {int(name == "noise"): batch} for name in inputs}
+    try:  # deformable attention by grid_sample, which others know
+        program = torch.export.export(Exported(model.cpu().eval()), tuple(inputs.values()),
+                                      dynamic_shapes=tuple(shapes.values()))
+        if path.suffix == ".pt2":
+            torch.export.save(program, path)
+        else:
+            torch.onnx.export(program, f=path, dynamo=True, optimize=False, dynamic_shapes=tuple(
+                shapes.values()), input_names=[*inputs], output_names=["logits", "boxes"])
+    except ImportError as error:
+        raise variants.ConfigError(f"--export: {error}: pip install onnx onnxscript") from None
+    finally:
+        msda.BACKEND = before
+
+
 # =================================================================================== command line
 
 def run(argv):
@@ -349,22 +497,24 @@ def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     what.add_argument("--data", help="score a data set: coco, toy, or a folder in COCO's layout")
-    what.add_argument("--images", nargs="+", help="find objects in images, or in folders of them")
+    what.add_argument("--images", nargs="+", help="find objects in images, folders of them, or toy")
+    what.add_argument("--export", type=Path, help="write the model as a file .onnx or .pt2")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="draw the curves of these runs")
     what.add_argument("--queries", nargs="+", metavar="RUN", help="draw where their queries look")
     add("--out", type=Path, help="a folder; with --data, a .json file; with --compare, an image")
     add("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
+    add("--annotations", help="with --data: the annotation file (default: searched for)")
     add("--data-root", help="with --data coco: where it is")
-    add("--batch-size", type=int, default=4, help="with --data: images at a time")
+    add("--batch-size", type=int, default=4, help="images at a time")
     add("--workers", type=int, default=2, help="with --data: processes that read them")
     add("--limit", type=int, help="with --data: only the first so many images")
-    add("--score", type=float, default=0.5, help="with --images: the least to show")
+    add("--score", type=float, default=SCORE, help=f"the least to show (default: {SCORE})")
     add("--trajectory", action="store_true", help="with --images: from noise to boxes")
     for name in variants.SAMPLING:
         runs.add_field(parser, variants.FIELDS[name])
-    args = parser.parse_args(argv)
+    args = runs.parse_args(parser, argv)
     if not (args.compare or args.queries or args.weights):
         parser.error("--weights is missing: which checkpoint?")
     for name, least in dict(image_size=1, batch_size=1, limit=1, workers=0, score=0).items():
@@ -385,16 +535,22 @@ def run(argv):
     if why := variants.idle(sampling, model.cfg):
         raise variants.ConfigError(why)
     model.to(runs.own_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    recipe, labels = meta["recipe"], dict(zip(meta["category_ids"], meta["classes"]))
-    size = args.image_size or recipe["image_size"]
-    transform = data.eval_transform(size, round(size * recipe["max_size"] / recipe["image_size"]))
+    finder = Finder(model, meta, args.image_size)
+    if args.export:
+        export(model, finder.size, args.export)
+        print(f"images of {finder.size} x {finder.size} pixels: {args.export}")
+        return 0
     if args.images:
-        out = args.out or args.weights.parent / "predictions"
-        results = predict(model, meta, args.images, transform, out, args.score, args.trajectory)
+        out = runs.numbered(args.out or args.weights.parent / "predictions", RESULTS)
+        results = predict(finder, args.images, Path(out), args.score, args.trajectory,
+                          args.batch_size)
         failed = sum("error" in result for result in results)
-        print(f"{len(results) - failed} of {len(results)} images: {out}")
+        print(f"{len(results) - failed} of {len(results)} photos: {out}")
         return int(failed > 0 or not results)
-    dataset = data.open_data(args.data, args.data_root, "val", transform, labels, size)
+    labels = dict(zip(meta["category_ids"], meta["classes"]))
+    dataset = data.open_data(
+        args.data, args.data_root, "val", finder.transform, labels, finder.size,
+        annotations=args.annotations, held_out=meta["held_out"])
     out = args.out or args.weights.parent
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"
@@ -403,7 +559,10 @@ def run(argv):
                              limit=args.limit, table=True)
     if runs.rank() == 0:
         out.write_text(json.dumps(detections))
-        print(f"{args.limit or len(dataset)} of {len(dataset)} images: {out}")
+        image_ids = dataset.image_ids[:args.limit]
+        if chosen := most_wrong(dataset, detections, image_ids, args.score):
+            picture_grid(model, dataset, out.with_name("mistakes.png"), chosen, args.score)
+        print(f"{len(image_ids)} of {len(dataset)} images: {out}, mistakes.png")
     runs.stop()
     return 0
 

@@ -387,7 +387,7 @@ class Detector(nn.Module):
             def decode(reference, t):
                 return self.decode(memory, read, content, pos, reference, t=t, every_layer=False)
             answer, outputs["sampled"] = diffusion.sample(
-                decode, len(images), cfg, images.device, memory.centres.dtype, generator, watch)
+                decode, images.shape[0], cfg, images.device, memory.centres.dtype, generator, watch)
             return outputs | dict(zip(names, answer))
 
         t, blocked, P = None, None, 0
@@ -472,7 +472,8 @@ class Detector(nn.Module):
         cfg = self.cfg
         side = torch.cat([memory.centres.new_full((h * w,), 0.05 * 2.0 ** level)
                           for level, (h, w) in enumerate(memory.shapes)])
-        grid = torch.cat([memory.centres, side[None, :, None].expand(len(memory.mask), -1, 2)], -1)
+        B = memory.mask.shape[0]
+        grid = torch.cat([memory.centres, side[None, :, None].expand(B, -1, 2)], -1)
         good = (((grid > 0.01) & (grid < 0.99)).all(-1) & ~memory.mask)[..., None]  # [B, S, 1]
         grid = torch.where(good, grid, 1)  # whose logit is infinite: no delta moves it
         tokens = self.enc_output_norm(self.enc_output(memory.tokens * good))
@@ -498,7 +499,7 @@ class Detector(nn.Module):
         from the reference box), and reference points [B, Q, 2] or boxes [B, Q, 4] in [0, 1], or
         None (DETR has none, noise comes later). In training Q counts all query groups.
         """
-        cfg, B = self.cfg, len(memory.tokens)
+        cfg, B = self.cfg, memory.tokens.shape[0]
         groups = cfg.query_groups if self.training else 1
         Q = chosen[1].shape[1] if cfg.reference == "proposals" else cfg.num_queries  # of a group
         pos = reference = None
@@ -520,7 +521,7 @@ class Detector(nn.Module):
             pos = sine(reference, cfg.d_model // 2, 10000).flatten(2)
             pos = self.pos_trans_norm(self.pos_trans(pos))
         if cfg.content == "split":
-            pos, content = pos.chunk(2, -1)
+            pos, content = (half.contiguous() for half in pos.chunk(2, -1))  # or export fails
         if cfg.reference == "points":
             conditional = cfg.attention == "conditional"
             to_point = self.ref_point_head if conditional else self.reference_points

@@ -5,19 +5,24 @@ one. A run is (options, cfg, recipe): a dict of `Options`, and a row of each tab
 """
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
+import sys
+import time
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import data
 import variants
 from variants import Config, ConfigError, Recipe, option
-from weights import WeightsError, load_checkpoint, read_checkpoint
+from weights import WeightsError, read_checkpoint, read_meta
 
 
 # ============================================================================= the command line
@@ -26,7 +31,10 @@ from weights import WeightsError, load_checkpoint, read_checkpoint
 class Options:
     """What a run is beside its model and its recipe, whose fields are options of train.py too."""
     variant: str = option("diffu", f"one of {', '.join(variants.VARIANTS)} (default: diffu)")
-    data: str = option("toy", "toy, coco, or a folder in COCO's layout (default: toy)")
+    data: str = option("toy", "toy, coco, or a folder of images and boxes (default: toy)")
+    annotations: str = option(None, "the annotation file (default: searched for in --data)")
+    val_share: float = option(0.0, "share of the images to validate on, where no split exists",
+                              high=0.9)
     data_root: str = option(None, "where COCO is (default: $COCO_ROOT, else data/coco)")
     preset: str = option("auto", "the paper's size and recipe (auto: on coco), or one that learns "
                          "from scratch on a CPU (on other data)", "auto", "published", "small")
@@ -47,26 +55,43 @@ class Options:
 
 
 # May change when a run is resumed; everything else is what the run is.
-FREE = {"resume", "data", "data_root", "device", "workers", "epochs", "steps", "eval_every", "lr",
-        "lr_backbone", "micro_batch", "save_steps", "clip_norm", "keep_every",
+FREE = {"resume", "data", "data_root", "annotations", "device", "workers", "epochs", "steps",
+        "eval_every", "lr", "lr_backbone", "micro_batch", "save_steps", "clip_norm", "keep_every",
         "checkpoint_activations"}
+# What --help tells; --help all tells every field.
+USUAL = {"variant", "data", "annotations", "val_share", "preset", "out", "weights", "overfit",
+         "freeze", "device", "workers", "amp", "backbone", "num_queries", "epochs", "lr",
+         "batch_size", "micro_batch", "image_size", "backbone_weights"}
 LAST = ("last.pth", "last.prev.pth")  # a run's newest checkpoint, and the one before it
 
 
-def add_field(parser, f):
+def add_field(parser, f, told=True):
     """A field of Options, Config or Recipe as an option of an argparse parser or group."""
     flags = ["--" + f.name.replace("_", "-")] + ["--queries"] * (f.name == "num_queries")
     words = f.metadata["choices"] or None
     kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
         type=f.type, choices=words, metavar=None if words else f.type.__name__.upper())
-    parser.add_argument(*flags, help=f.metadata["help"], **kind)
+    parser.add_argument(*flags, help=f.metadata["help"] if told else argparse.SUPPRESS, **kind)
+
+
+def parse_args(parser, argv, names=()):
+    """parser.parse_args, but an unknown option is one line with the nearest of names or its own."""
+    args, strange = parser.parse_known_args(argv)
+    if strange:
+        known = ["--" + name.replace("_", "-") for name in (*names, *vars(args))]
+        near = get_close_matches(strange[0], known, 1, 0)[0]
+        parser.exit(2, f"error: no option {strange[0]}; do you mean {near}?\n")
+    return args
 
 
 def parse(argv, description):
     """train.py's command line as a dict of what was given; the defaults are `settle`'s."""
+    argv = sys.argv[1:] if argv is None else argv
+    everything = "--help" in argv and "all" in argv
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        usage=argparse.SUPPRESS, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        epilog=None if everything else "--help all tells every option of model and recipe.")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder; what may "
                         "change: " + ", ".join(sorted(FREE - {"resume"})))
     for table, title in ((Options, "the run"), (Config, "the model (defaults: the variant's)"),
@@ -74,8 +99,9 @@ def parse(argv, description):
         group = parser.add_argument_group(title)
         for f in fields(table):
             if f.name != "num_classes":  # which follows from the data
-                add_field(group, f)
-    return vars(parser.parse_args(argv))
+                add_field(group, f, everything or f.name in USUAL)
+    names = (f.name for table in (Options, Config, Recipe) for f in fields(table))
+    return vars(parse_args(parser, ["--help"] if everything else argv, names))
 
 
 def settle(given):
@@ -84,9 +110,12 @@ def settle(given):
     options, in_cfg, in_recipe = ({f.name: given[f.name] for f in fields(t) if f.name in given}
                                   for t in (Options, Config, Recipe))
     toy, changes = given.get("data", "toy") == "toy", {}
+    if (name := given.get("variant", "diffu")) not in variants.VARIANTS:
+        near = get_close_matches(name, variants.VARIANTS, 1, 0)[0]
+        raise ConfigError(f"there is no --variant {name}: do you mean {near}?")
     options = asdict(Options(**{"workers": 0 if toy else 2} | options))
     if options["weights"]:
-        _, meta = load_checkpoint(options["weights"])
+        _, meta = read_meta(options["weights"])
         for name in ("variant", "preset", "backbone_weights"):
             if name in given and given[name] != meta.get(name):
                 raise ConfigError(f"--weights {options['weights']} has its own {name}: omit yours")
@@ -127,11 +156,16 @@ def shared(recipe):
     return recipe
 
 
+def numbered(path, inside=""):
+    """The first of path, path-2, path-3, ... that does not exist, or lacks the file `inside`."""
+    paths = (path, *(f"{path}-{i}" for i in range(2, 10 ** 5)))
+    return next(path for path in paths if not os.path.exists(os.path.join(path, inside)))
+
+
 def free_folder(options):
     """--out, which must not hold a run; or out/<variant>-<data>, numbered where that is taken."""
-    name = f"out/{options['variant']}-{Path(options['data']).name}"
-    names = [name, *(f"{name}-{i}" for i in range(2, 10 ** 4))]
-    out = options["out"] or next(name for name in names if not os.path.exists(name))
+    name = f"out/{options['variant']}-{Path(options['data']).resolve().name}"
+    out = options["out"] or numbered(name)
     if any((Path(out) / name).exists() for name in LAST):
         raise ConfigError(f"--out {out} already holds a run: --resume it, or choose another folder")
     return out
@@ -182,7 +216,11 @@ def describe(run):
 # torchrun starts several. All must call `gather` alike: if one omits a call, the others hang.
 
 def start():
-    """Meet the other processes that torchrun started, if it did."""
+    """Meet the other processes that torchrun started, if it did; speak line by line, in any
+    terminal's encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
@@ -225,10 +263,22 @@ def gather(thing):
     return things
 
 
+def progress(items, title, total, show=True):
+    """The items, with a bar; where there is no terminal, with a line every 10 seconds."""
+    bar = tqdm(items, title, total, leave=False, disable=None if show else True)
+    started = said = time.time()
+    for n, item in enumerate(bar):
+        if show and bar.disable and time.time() - said > 10:
+            said = time.time()
+            left = tqdm.format_interval((said - started) / max(n, 1) * (total - n))
+            print(f"{title}: {n} of {total}, {left} left")
+        yield item
+
+
 @contextlib.contextmanager
 def catch_signals():
     """Let Ctrl-C and SIGTERM wait for the step, evaluation or save in progress; a second signal
-    stops immediately. Yields: did one come, to any process?"""
+    stops immediately. Yields: the number of the one that came, to any process, or 0."""
     came = []
 
     def note(number, frame):
@@ -237,7 +287,7 @@ def catch_signals():
         came.append(number)
 
     old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda: any(gather(bool(came)))
+    yield lambda: max(gather(sum(came)))
     for number, handler in old.items():
         signal.signal(number, handler)
 

@@ -44,7 +44,9 @@ class Run:
         sizes, known = (recipe.image_size, recipe.max_size), options.get("known") or {}
         plain = data.eval_transform(*sizes)
         augment = plain if options["overfit"] else data.train_transform(*sizes, crop=recipe.crop)
-        opened = partial(data.open_data, options["data"], options["data_root"], image_size=sizes[0])
+        opened = partial(data.open_data, options["data"], options["data_root"], image_size=sizes[0],
+                         annotations=options["annotations"], seed=options["seed"],
+                         share=None if options["overfit"] else options["val_share"])
         labels = checkpoint and dict(zip(checkpoint["category_ids"], checkpoint["classes"]))
         train_set = opened("train", augment, labels)
         labels = dict(zip(train_set.category_ids, train_set.classes))
@@ -101,7 +103,8 @@ class Run:
         checkpoint = {"format": "minDETR", "variant": self.options["variant"], "step": self.step,
                       "config": asdict(self.model.cfg), "recipe": asdict(self.recipe),
                       "category_ids": self.train_set.category_ids,
-                      "classes": self.train_set.classes}
+                      "classes": self.train_set.classes,
+                      "held_out": self.val_set.names.tolist() if self.options["val_share"] else []}
         if whole:
             checkpoint |= dict(
                 run=self.options, best=self.best, tested=self.tested, model=self.model.state_dict(),
@@ -134,8 +137,8 @@ class Run:
         if metrics["AP"] > self.best or not (self.out / "best.pth").exists():
             self.best = metrics["AP"]
             self.save("best.pth", whole=False)
-            evaluation.picture_grid(model, self.val_set, self.out / "predictions.png", score=0.3,
-                                    limit=limit)
+            evaluation.picture_grid(model, self.val_set, self.out / "predictions.png",
+                                    range(min(8, limit or 8, len(self.val_set))))
         self.save()
         evaluation.plot_curves(self.log, self.out / "curves.png")
 
@@ -143,10 +146,10 @@ class Run:
 # ==================================================================================== the story
 
 def train(run):
-    """Train to the end, or until a signal."""
+    """Train to the end, or until a signal, whose number it returns (0: none)."""
     bar = tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
                disable=None if run.first else True)  # None: where there is no terminal
-    steps = []  # since the last line of the log
+    steps, begun, first, said = [], time.time(), run.step, 0  # steps: since the log's last line
     with runs.catch_signals() as interrupted, bar:
         run.test_if_due()  # it may have died in its evaluation
         while run.step < run.total:
@@ -172,23 +175,26 @@ def train(run):
                     if run.first:
                         lr = max(group["lr"] for group in run.optimizer.param_groups)
                         runs.append_log(run.log, step=run.step, epoch=epoch, lr=lr, **line)
-                    said = f"loss {line['loss']:.3f}, {line['images_per_s']:.1f} images/s"
-                    bar.set_postfix_str(said)
-                    if run.first and bar.disable and run.step % 50 == 0:  # there is no terminal
-                        print(f"step {run.step}/{run.total}: {said}", flush=True)
+                    bar.set_postfix_str(f"loss {line['loss']:.3f}")
+                if run.first and bar.disable and time.time() - said > 10:  # there is no terminal
+                    said, speed = time.time(), (run.step - first) / (time.time() - begun)
+                    print(f"step {run.step}/{run.total}: loss {runs.world() * values['loss']:.3f}, "
+                          f"{speed * run.recipe.batch_size:.1f} images/s, "
+                          f"{tqdm.format_interval((run.total - run.step) / speed)} left")
                 if run.options["keep_every"] and run.step % run.options["keep_every"] == 0:
                     run.save(f"step-{run.step}.pth")
-                if interrupted():
+                if number := interrupted():
                     run.save()
                     run.say(f"stopped at step {run.step}; continue: {run.again}")
-                    return
+                    return number
                 if run.step % run.options["save_steps"] == 0 or time.time() - run.saved > 300:
                     run.save()
                 if run.step == run.total:
                     break
             run.test_if_due()
-    run.say(f"done at step {run.step}: best AP {run.best:.3f}; checkpoints, log, curves and "
-            f"predictions are in {run.out}")
+        run.say(f"done at step {run.step}: best AP {run.best:.3f}; checkpoints, log, curves and "
+                f"predictions are in {run.out}")
+        return interrupted()  # in the last evaluation
 
 
 # ===================================================================================== one step
@@ -275,14 +281,14 @@ def rate_factor(step, total, recipe):
 
 
 def main(argv=None):
-    """Exit code: 0 done or stopped on request, 2 after one clear line on what is wrong."""
+    """Exit code: 0 done, 2 after one clear line on what is wrong, 128 + a signal's number."""
     given, run = runs.parse(argv, __doc__), None
     try:
         runs.start()
         run = Run(*(runs.resumed if "resume" in given else runs.settle)(given))
-        train(run)
+        number = train(run)
         runs.stop()
-        return 0
+        return number and 128 + number
     except (ConfigError, data.DataError, weights.WeightsError, FloatingPointError, OSError) as what:
         why = what
     except RuntimeError as error:

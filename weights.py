@@ -120,7 +120,8 @@ def put(module, state, names, label, advice, replaceable="(?!)", replace_all=Fal
     """Load a state dict under our names (`own_names`) into a module -> (names loaded, names kept).
 
     Every tensor must fit, or a WeightsError says what not, `advice` last. Where names match
-    `replaceable` and shapes do not, or anyhow for `replace_all`, the module keeps its values.
+    `replaceable` and the tensor is absent or of another shape, or anyhow for `replace_all`, the
+    module keeps its values.
     """
     wanted = {k: v for k, v in module.state_dict().items() if not IGNORED.search(k)}
     found, unequal = {}, []
@@ -129,9 +130,10 @@ def put(module, state, names, label, advice, replaceable="(?!)", replace_all=Fal
         if first != key and not torch.equal(state[first], state[key]):
             unequal.append(f"{first}, {key}")
     other = {k for k in found if k in wanted and state[found[k]].shape != wanted[k].shape}
-    kept = {k for k in (found if replace_all else other) if re.match(replaceable, k)}
+    absent = {k for k in wanted if k not in found}
+    kept = {k for k in absent | ({*found} if replace_all else other) if re.match(replaceable, k)}
     problems = {
-        "missing": [k for k in wanted if k not in found],
+        "missing": [k for k in wanted if k in absent - kept],
         "unused": [key for key, name in names.items() if name not in wanted],
         "unequal where this model has one (shared_heads=False?)": unequal,
         "of another shape": [
@@ -261,8 +263,8 @@ def load_weights(model, source):
 
 def fine_tune(model, source, same_classes):
     """Start from a checkpoint that was trained on something else -> a line on what is new: class
-    heads and label embeddings, unless the labels mean the same (`same_classes`) and their number
-    fits. Everything else must fit."""
+    heads and label embeddings, where the file lacks them, and unless the labels mean the same
+    (`same_classes`) and their number fits. Everything else must fit."""
     checkpoint, label = opened(source)
     heads = r"(class_embed\.\d+|enc_class_embed|label_enc)\."
     loaded, fresh = _load(model, checkpoint, label, heads, not same_classes)
@@ -277,21 +279,29 @@ def _load(model, checkpoint, label, *replace):
                lambda: likely(checkpoint, label), *replace)
 
 
-def load_checkpoint(path, device="cpu", **overrides):
-    """A model from a file, whoever wrote it -> (the model in evaluation mode on `device`, meta).
+def read_meta(path, **overrides):
+    """What a file holds, whoever wrote it -> (its dict, meta).
 
     overrides: `Config` fields. meta: `variant`, `config`, `recipe` (dicts), `classes` and
-    `category_ids` (by label).
+    `category_ids` (by label), `held_out` (names of the images that --val-share kept apart).
     """
     checkpoint = read_checkpoint(path)
     variant, found = identify(checkpoint, str(path))
-    model = build_model(variant, **(found | overrides))
-    _load(model, checkpoint, str(path))
-    classes, ids = coco_classes(model.cfg.num_classes)
-    meta = dict(recipe=asdict(variants.recipe(variant)), classes=classes, category_ids=ids)
+    cfg = variants.variant(variant).but(**found | overrides)
+    classes, ids = coco_classes(cfg.num_classes)
+    meta = dict(recipe=asdict(variants.recipe(variant)), classes=classes, category_ids=ids,
+                held_out=[])
     if checkpoint.get("format") == "minDETR":  # it says so itself
-        meta = {key: checkpoint[key] for key in meta}
-    return model.to(device).eval(), meta | dict(variant=variant, config=asdict(model.cfg))
+        meta |= {key: checkpoint[key] for key in meta if key in checkpoint}
+    return checkpoint, meta | dict(variant=variant, config=asdict(cfg))
+
+
+def load_checkpoint(path, device="cpu", **overrides):
+    """A model from a file -> (the model in evaluation mode on `device`, meta) as `read_meta`."""
+    checkpoint, meta = read_meta(path, **overrides)
+    model = build_model(meta["variant"], **meta["config"])
+    _load(model, checkpoint, str(path))
+    return model.to(device).eval(), meta
 
 
 def load_backbone(model, which):
@@ -314,7 +324,8 @@ def load_backbone(model, which):
             state = weights.get_state_dict(progress=True, check_hash=True)
         except Exception as error:  # no network, no room, a file cut short or of another hash
             raise WeightsError(f"{weights.url} cannot be downloaded ({error}): put it at {label}, "
-                               "or give --backbone-weights PATH or none") from None
+                               "give --backbone-weights PATH, or --backbone-weights none, which "
+                               "needs no network, but many more images or epochs") from None
         finally:
             socket.setdefaulttimeout(timeout)
     else:

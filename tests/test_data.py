@@ -3,8 +3,10 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -135,21 +137,37 @@ def test_data_coco():
 def test_data_coco_faults():
     """Each is refused with its place and what is wrong, as it is from a worker."""
     lists, boxes = ("images", "annotations", "categories"), (
-        None, [], [1, 2, 3], [1, 2, 3, "4"], "1234", {"x": 1}, [1, 2, float("nan"), 4])
+        None, [], [1, 2, 3], [1, 2, 3, "four"], "1234", {"x": 1}, [1, 2, float("nan"), 4])
     faults = [  # the message's words, and the list in which the second record or all is changed
-        *(("'id': 2|bbox", "annotations", dict(bbox=box)) for box in boxes),
-        *(("'id': 2|listed", "annotations", {key: bad}) for bad in (None, 55, "11", [])
-          for key in ("image_id", "category_id")),
-        ("image id 1|/1.png|/2.png", "images", dict(id=1)), ("'id'", "images", dict(id=None)),
+        *(("annotation 2|bbox", "annotations", dict(bbox=box)) for box in boxes),
+        *((f"annotation 2|{key} is {bad!r}|listed", "annotations", {key: bad})
+          for bad in (None, 55, "55", [], True) for key in ("image_id", "category_id")),
+        *(("annotation 2|iscrowd", "annotations", dict(iscrowd=bad)) for bad in (2, "maybe", [1])),
+        *((f"{kind} {bad}|whole number", key, dict(id=bad)) for kind, key in (
+            ("image", "images"), ("category", "categories")) for bad in (None, 1.5, True, [])),
+        *(("image 2|width", "images", dict(width=bad)) for bad in ("wide", 64.5, [64])),
+        ("image id 1|/1.png|/2.png", "images", dict(id=1)),
         ("sub/1.png|image id 2|missing", "images", dict(file_name="sub/1.png")),
-        *((f"'{key}' is no list, or empty", key, bad) for bad in (None, []) for key in lists)]
+        ("2.pnq|nearest: 2.png", "images", dict(file_name="2.pnq")),
+        ("image 2|leaves the folder", "images", dict(file_name="../../x.png")),
+        *((f"'{key}' is no list|empty", key, bad) for key in lists for bad in (None, [], [1]))]
     for words, key, fault in faults:
         with folder(lambda coco: coco[key][1].update(fault) if isinstance(fault, dict)
                     else coco.update({key: fault})) as root:
             refused(f"{root}|{words}", data.CocoFolder, root)
-    for text in (" ", '{"images": [{"id": 1', "[1, 2]"):
-        with folder(lambda coco: text) as root:
-            refused("instances_train2017.json", data.CocoFolder, root)
+    wrong = [("inside one pixel", lambda x, y, w, h: [x / 64, y / 64, w / 64, h / 64]),
+             ("leave their image", lambda x, y, w, h: [x + 40, y, x + w + 40, y + h]),
+             ("no box is left", lambda x, y, w, h: [x, y, 0, h])]
+    for words, change in wrong:
+        with folder(lambda coco: [box.update(bbox=change(*box["bbox"]))
+                                  for box in coco["annotations"]] and None) as root:
+            refused(f"{root}|{words}", data.CocoFolder, root)
+    for text, words in ((" ", "JSON"), ('{"images": [{"id": 1', "JSON"), ("[1, 2]", "COCO"),
+                        ("{\"a\": \"fen\xeatre\"}", "UTF-8")):
+        with folder() as root:
+            file = Path(root, "annotations", "instances_train2017.json")
+            file.write_text(text, "latin-1")
+            refused(f"{file}|{words}", data.CocoFolder, root)
     with folder() as root:
         coco, images = data.CocoFolder(root), Path(root, "train2017")
         Image.new("RGB", (50, 50)).save(images / "2.png")
@@ -157,6 +175,70 @@ def test_data_coco_faults():
         refused("2.png|50x50|64x64|image 2", coco.__getitem__, (1, 5))
         message = error_of(list, data.loader(coco, [[0], [0, 2]], workers=1), kind=data.DataError)
         assert message.startswith(str(images / "3.png")) and message.endswith("the data.")
+
+
+def test_data_coco_oddities():
+    """What has one meaning is kept, as if it were written plainly, and counted if it is rare."""
+    big, red = 10 ** 20, {"name": "red\n\x1b[31m\u2028cell \ud800🔴"}
+    for words, key, change in [
+            ("3 sizes read", "images", lambda r: r.update(width=-1, height=-1)),
+            ("3 widths written", "images", lambda r: r.update(width="64", height=64.0)),
+            ("ids written", "annotations", lambda r: r.update(image_id=str(r["image_id"]))),
+            ("ids written", "annotations", lambda r: r.update(category_id=f"{r['category_id']}.0")),
+            ("areas recomputed", "annotations", lambda r: r.update(area="large")),
+            ("", "annotations", lambda r: r.update(image_id=float(r["image_id"]), area=None)),
+            ("", "annotations", lambda r: r.update(bbox=list(map(str, r["bbox"])), iscrowd="0")),
+            ("", "annotations", lambda r: r.update(bbox=str(r["bbox"]), iscrowd="False")),
+            ("", "images", lambda r: r.update(id=f"im {r['id']}")),
+            ("", "images", lambda r: r.update(id=r["id"] + big)),
+            ("", "images", lambda r: r.update(file_name=f"train2017\\{r['file_name']}")),
+            ("", "categories", lambda r: r.update(red if r["id"] == 9 else {}))]:
+        def edit(coco):
+            for record in coco[key]:
+                change(record)
+            ids = dict(zip((1, 2, 3), (image["id"] for image in coco["images"])))
+            for box in coco["annotations"] if key == "images" else ():
+                box["image_id"] = ids[box["image_id"]]
+        with folder() as root, folder(edit) as changed:
+            a, b = data.CocoFolder(root), data.CocoFolder(changed)
+            assert words in b.summary and np.array_equal(a.boxes, b.boxes), b.summary
+            assert np.array_equal(a.labels, b.labels) and np.array_equal(a.offsets, b.offsets)
+            assert [box["area"] for box in a.ground_truth()["annotations"]] == [
+                box["area"] for box in b.ground_truth()["annotations"]], words
+    assert b.classes[0] == "red [31m cell 🔴" and len(a.image_ids) == 3
+
+
+def test_data_layouts():
+    """Exports as they are unpacked, one file for both splits, and folders that are no COCO."""
+    with folder() as root:
+        file, images = Path(root, "annotations/instances_train2017.json"), Path(root, "train2017")
+        for annotations, pictures in [
+                ("train/_annotations.coco.json", "train"), ("result.json", "images"),
+                ("annotations/instances_default.json", "images/default"), ("my boxes.json", "."),
+                ("annotations/instances_Train.json", "images/Train")]:
+            with tempfile.TemporaryDirectory() as other:
+                shutil.copytree(images, Path(other, pictures), dirs_exist_ok=True)
+                Path(other, annotations).parent.mkdir(exist_ok=True, parents=True)
+                shutil.copy(file, Path(other, annotations))
+                opened = partial(data.open_data, other, seed=3)
+                train, val = (opened(split=split, share=0.3) for split in ("train", "val"))
+                assert (len(train), len(val)) == (2, 1) and {*train.names}.isdisjoint(val.names)
+                held_out = train.names.tolist()
+                assert opened(split="val", held_out=held_out).names.tolist() == held_out
+                refused("one annotation file|--val-share", opened, split="val", share=0)
+        assert len(data.open_data(images, split="val", annotations=file)) == 3
+        refused("has a validation split", data.open_data, root, share=0.1)
+        refused(f"{root}s is missing|mean {Path(root).name}", data.open_data, root + "s")
+        shutil.move(file, Path(root, "annotations", "instances_tain.json"))
+        Path(root, "train2017", "labels.json").touch()
+        refused("nearest: annotations/instances_train.json", data.open_data, root)
+    for made, words in [("train/labels/1.txt", "YOLO format|/train/images', '"),
+                        ("labels/1.txt", "YOLO format|classes.txt"), ("no.png", "no.png"),
+                        ("Annotations/1.xml", "VOC format|/JPEGImages', '|-coco/_annotations")]:
+        with tempfile.TemporaryDirectory() as root:
+            Path(root, made).parent.mkdir(parents=True, exist_ok=True)
+            Path(root, made).touch(), Path(root, "classes.txt").touch()
+            refused(words, data.open_data, root)
 
 
 def test_data_toy():

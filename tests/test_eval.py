@@ -17,7 +17,7 @@ import data
 import eval as evaluation
 import variants
 import weights
-from tests.fixtures import run_quietly, small
+from tests.fixtures import refused, run_quietly, small
 
 FOCAL = SimpleNamespace(class_loss="focal", detections=40, ensemble_nms=0.3, reference="points")
 
@@ -53,7 +53,7 @@ def command(words, *checkpoint):
 
 
 def meta(dataset, size=64):
-    return dict(classes=dataset.classes, category_ids=dataset.category_ids,
+    return dict(classes=dataset.classes, category_ids=dataset.category_ids, held_out=[],
                 recipe=dict(image_size=size, max_size=size))
 
 
@@ -66,11 +66,29 @@ def test_eval_scores_data():
         words = f"--weights {folder}/x.pth --data toy --limit 4 --device cpu --workers 0"
         code, said = command(words, model, meta(dataset))  # the other 196 are not misses
         assert code == 0 and "= 1.000" in said and "4 of 200 images" in said, said
+        assert "AP 1.000 of circle (" in said and not Path(folder, "mistakes.png").exists()
         found = json.loads(Path(folder, "results-4.json").read_text())
         assert found[0].keys() == {"image_id", "category_id", "bbox", "score"}
         assert {d["category_id"] for d in found} <= {*range(1, 6)}
         _, said = command(words, model, meta(dataset) | {"classes": ["", "cat"]})
         assert "category 1 is 'circle', cat in the" in said
+        for logits, boxes in model.answers.values():
+            boxes[:] = 0.5
+        assert command(words, model, meta(dataset))[0] == 0
+        assert Image.open(f"{folder}/mistakes.png").width == 4 * 524
+
+
+def test_eval_mistakes():
+    """One to one, best first, by class and an IoU of 0.5; images by their number of mistakes."""
+    truth = [[0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 30]]
+    boxes = [[0, 0, 10, 8], [0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 24]]
+    assert evaluation.mistakes(boxes, [1, 1, 2, 1], truth, [1, 1, 1]) == ([1, 2, 3], [1, 2])
+    assert evaluation.mistakes([], [], truth, [1, 1, 1]) == ([], [0, 1, 2])
+    rows = [(i, 0, crowd, 25, 0, 0, 5, 5) for i, crowd in ((1, 0), (2, 0), (2, 0), (0, 1), (3, 0))]
+    few = SimpleNamespace(rows=lambda: rows, category_ids=[7])
+    found = [dict(image_id=key, category_id=7, bbox=[0, 0, 5, 5], score=score)
+             for key, score in ((11, 0.9), (12, 0.1))]
+    assert evaluation.most_wrong(few, found, [10, 11, 12]) == [2]
 
 
 def test_eval_metrics_of_known_cases():
@@ -89,7 +107,7 @@ def test_eval_metrics_of_known_cases():
         metrics = evaluation.coco_metrics(truth, found, [1], table=True)
         shared, alone, nothing, bare = (evaluation.coco_metrics(*case, [1]) for case in (
             (truth, many), (truth, many[:120]), (truth, []), (truth | {"annotations": []}, [])))
-    assert len(printed.getvalue().splitlines()) == 12 and [*metrics] == evaluation.METRICS
+    assert "AP 0.663 of  (4 boxes)" in printed.getvalue() and [*metrics] == evaluation.METRICS
     # Of 3 objects 2 are found at precision 1: at 67 of the 101 recalls, 0 to 0.66.
     expected = dict(AP=67 / 101, AP_S=1, AP_M=1, AP_L=0, AR1=1 / 3, AR100=2 / 3)
     assert all(abs(metrics[key] - value) < 1e-9 for key, value in expected.items()), metrics
@@ -97,9 +115,15 @@ def test_eval_metrics_of_known_cases():
 
 
 def test_eval_drawing():
+    """Marks, any name, and no name on top of a better one."""
     image, box = Image.new("RGB", (640, 480), "gray"), [100, 100, 300, 999]
-    changed = (np.asarray(evaluation.draw(image, ["cat"], [box], [0], [0.9])) != 128).any(-1)
-    assert changed[100, 100:300].all() and not changed[130:470, 120:280].any()
+    for name in ("cat", "🔴 fenêtre", "x" * 200):
+        changed = (np.asarray(evaluation.draw(image, [name], [box], [0], [0.9])) != 128).any(-1)
+        assert changed[100, 100:300].all() and not changed[130:470, 120:280].any()
+    one, crowd = (evaluation.draw(image, ["cat"], [box] * n, [0] * n, [0.9] * n) for n in (1, 9))
+    assert np.array_equal(one, crowd)
+    marked = np.asarray(evaluation.draw(image, ["cat"], [box], [0], [0.9], {0: "missed"}))
+    assert (marked[200, 100] == 255).all() and (marked[100:, 110:290] != 128).any()
 
 
 def test_eval_compare():
@@ -125,7 +149,7 @@ def test_eval_queries():
         boxes[7] = boxes[0]  # the same with a low score
     first, second = (boxes[:, :2] for _, boxes in model.answers.values())
     with tempfile.TemporaryDirectory() as folder:
-        run = {"data": "toy", "data_root": None}
+        run = {"data": "toy", "data_root": None, "annotations": None}
         Path(folder, "run.json").write_text(json.dumps({"run": run}))
         code, said = command(f"--queries {folder} --out {folder}/q.png --limit 2 --workers 0",
                              model, meta(toy(2)))
@@ -138,19 +162,51 @@ def test_eval_predict():
     """Folders, a damaged file, equal names, boxes in pixels; nothing is written over."""
     model = Oracle(dataset := toy(1))
     with tempfile.TemporaryDirectory() as folder:
-        for path in (Path(folder, name) for name in ("a/1.png", "a/1-3.png", "b/1.png")):
-            path.parent.mkdir(exist_ok=True)
+        for path in (Path(folder, name) for name in ("a/1.png", "a/1-3.png", "b/c/1.png")):
+            path.parent.mkdir(exist_ok=True, parents=True)
             dataset.read(0)[0].save(path)
-        Path(folder, "b/broken.jpg").write_bytes(b"not an image")
+        for name in ("b/c/broken.jpg", "b/._1.png", "b/notes.txt"):
+            Path(folder, name).write_bytes(b"not an image")
         words = f"--weights x.pth --device cpu --images {folder}/a {folder}/b --out {folder}/"
-        code, said = command(words + "out", model, meta(dataset))
-        assert code == 1 and "broken.jpg" in said and "3 of 4 images" in said, said
+        code, said = command(words + "out --batch-size 3", model, meta(dataset))
+        assert code == 1 and "broken.jpg" in said and "3 of 4 photos" in said, said
+        assert "2 files (._1.png, notes.txt)" in said
+        assert f"{folder}/out-2" in command(words + "out", model, meta(dataset))[1]
         first, *_, broken = json.loads(Path(folder, "out/predictions.json").read_text())
         assert "broken.jpg" in broken["error"] and len([*Path(folder, "out").glob("*.jpg")]) == 3
         expected = box_convert(64 * dataset[0][1]["boxes"], "cxcywh", "xywh").tolist()
         boxes = [found["bbox"] for found in first["detections"]]
         np.testing.assert_allclose(sorted(boxes), sorted(expected), atol=1e-3)
         assert "name another folder" in command(words + "a", model, meta(dataset))[1]
+        finder, image = evaluation.Finder(model, meta(dataset)), dataset.read(0)[0]
+        one, *rest = finder([f"{folder}/a/1.png", image, np.array(image)], batch_size=2)
+        assert rest == [one, one] and finder(Path(folder, "a/1.png")) == one
+        assert one["names"] == [dataset.classes[c] for c in one["labels"]]
+        np.testing.assert_allclose(sorted(one["boxes"])[0][:2], sorted(expected)[0][:2], atol=1e-3)
+
+
+def test_eval_export():
+    """Equal to PyTorch's outputs, for another number of images than it was traced with."""
+    torch.manual_seed(0)
+    model = small("diffu", sampling_steps=2, d_model=64, ffn=64, decoder_layers=1).eval()
+    inputs = [torch.randn(3, 3, 64, 64), torch.zeros(3, 64, 64) > 0, torch.randn(3, 3, 20, 4)]
+    inputs[1][2, 40:] = True
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        expected = evaluation.Exported(model)(*inputs)
+        evaluation.export(model, 64, path := Path(folder, "model.pt2"))
+        for a, b in zip(torch.export.load(path).module()(*inputs), expected):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+        with mock.patch.dict("sys.modules", onnxscript=None):
+            path = path.with_suffix(".onnx")
+            refused("pip install onnx", evaluation.export, model, 64, path)
+        with contextlib.suppress(ImportError):  # packages that only this needs
+            import onnxruntime
+            evaluation.export(model, 64, path)
+            session = onnxruntime.InferenceSession(path)
+            names = (each.name for each in session.get_inputs())
+            found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})
+            for a, b in zip(found, expected):
+                torch.testing.assert_close(torch.tensor(a), b, rtol=0, atol=1e-4)
 
 
 def test_eval_trajectory():

@@ -63,7 +63,7 @@ def test_runs_options_that_a_variant_does_not_read_are_refused():
 def test_runs_wrong_commands_are_one_clear_line():
     with tempfile.TemporaryDirectory() as folder:
         for line, word in [
-                ("--variant detrr", "there are detr"), ("--learning-rate 1", "unrecognized"),
+                ("--variant detrr", "do you mean detr?"), ("--bach-size 1", "mean --batch-size?"),
                 (f"--data {folder}/none", "none"), ("--save-steps 0", "at least 1"),
                 ("--lr -1", "at least 0"), ("--queries x", "'x'"), ("--content split", "split"),
                 ("--device nonsense", "write --device cpu"), (f"--resume {folder}", "no last.pth"),
@@ -87,6 +87,10 @@ def test_runs_presets_and_precedence():
             (2, "max_size", 666, dict(data="coco", image_size=400))]:  # does not hold that back
         assert getattr(runs.settle(given)[table], field) == expected, given
     assert runs.parse(["--queries", "7", "--no-renewal"], "") == dict(num_queries=7, renewal=False)
+    (_, usual), (_, everything) = (run_quietly(["--help", *more]) for more in ([], ["all"]))
+    assert len(usual.splitlines()) <= 60 and "--val-share" in usual and "--help all" in usual
+    assert all(f"--{name.replace('_', '-')}" in everything for name in variants.FIELDS
+               if name != "num_classes") and "--eta" not in usual
 
 
 def test_train_whole_path_and_fine_tuning():
@@ -129,8 +133,8 @@ def test_train_resume_continues_as_if_never_stopped():
         whole, cut = f"{folder}/whole", f"{folder}/cut"
         says([*common, whole], 0)
         with before_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-            says([*common, cut, "--save-steps", "1", "--keep-every", "2"], 0, "stopped at step 3",
-                 f"--resume {cut}")
+            says([*common, cut, "--save-steps", "1", "--keep-every", "2"], 128 + signal.SIGTERM,
+                 "stopped at step 3", f"--resume {cut}", "step 1/5: loss ", " left")
         os.truncate(f"{cut}/last.pth", 10000)
         says(["--resume", cut], 0, "cut/last.pth: ", "last.prev.pth", "2 done")
         assert [stored(cut, f"step-{i}.pth")["step"] for i in (2, 4)] == [2, 4]
@@ -140,7 +144,7 @@ def test_train_resume_continues_as_if_never_stopped():
             assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
     with runs.catch_signals() as came:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert came()  # and a second one stops immediately
+        assert came() == signal.SIGTERM  # and a second one stops immediately
         error_of(os.kill, os.getpid(), signal.SIGINT, kind=KeyboardInterrupt)
 
 
