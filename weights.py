@@ -41,6 +41,20 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.ffns\.0\.layers\.1\.", ".linear2."),
     (r"\.norms\.(\d)\.", lambda m: f".norm{1 + int(m[1])}."),
     (r"\.time_step_embeds\.(\d)\.emb_layers\.", r".time.\1."),
+    # LW-DETR's and RF-DETR's
+    (r"^backbone\.0\.projector\.", "input_proj."),
+    (r"^backbone\.0\.(encoder\.)+(embeddings\.)?", "backbone."),
+    (r"^(backbone\.patch_embed)\w*\.proj\w*\.", r"\1."),
+    (r"^backbone\.position_embeddings$", "backbone.pos_embed"),
+    (r"^backbone\.layer\.", "backbone.blocks."),
+    (r"^backbone\.layernorm\.", "backbone.norm."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"),
+    (r"\.mlp\.fc(\d)\.", lambda m: f".mlp.{2 * int(m[1]) - 2}."),
+    (r"^(input_proj\.stages.*)\.conv\.", r"\1.0."),
+    (r"^(input_proj\.stages.*)\.bn\.", r"\1.1."),
+    (r"^query_feat\.", "tgt_embed."),
     # everyone's
     (r"^backbone\.0\.body\.", "backbone."),
     (r"^input_proj\.(weight|bias)$", r"input_proj.0.\1"),  # DETR's only level
@@ -98,7 +112,8 @@ def own_names(keys, cfg=None):
     refined = any(k.startswith("transformer.decoder.bbox_embed.") for k in keys)
     one_head = not refined or (cfg is not None and cfg.shared_heads)
     # Deformable DETR's decoder counts the norm after cross-attention, its second part, as norm1.
-    swapped = any(k.endswith("decoder.layers.0.cross_attn.sampling_offsets.weight") for k in keys)
+    swapped = "query_feat.weight" not in keys and any(  # LW-DETR's as norm2
+        k.endswith("decoder.layers.0.cross_attn.sampling_offsets.weight") for k in keys)
     names = {}
     for key in keys:
         name = key
