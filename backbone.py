@@ -176,8 +176,8 @@ class ViT(nn.Module):
         # The first row is the class token's place, which "vit" lacks but its files hold.
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + cfg.grid ** 2, c))
         self.blocks = nn.ModuleList(
-            Block(cfg, str(i) in cfg.global_blocks.split(), rate.item())
-            for i, rate in enumerate(torch.linspace(0, cfg.drop_path, cfg.vit_depth)))
+            Block(cfg, str(i) in cfg.global_blocks.split(),
+                  cfg.drop_path * i / max(cfg.vit_depth - 1, 1)) for i in range(cfg.vit_depth))
         if self.dino:
             self.cls_token, self.norm = nn.Parameter(torch.zeros(1, 1, c)), nn.LayerNorm(c, 1e-6)
             self.mask_token = nn.Parameter(torch.zeros(1, c), False)  # of DINOv2's training
