@@ -33,7 +33,7 @@ import eval as evaluation
 import matcher
 import variants
 from model import DecoderLayer, build_model
-from tests.fixtures import HERE, SMALL, TRAINED, batch, error_of, small
+from tests.fixtures import HERE, SMALL, TRAINED, VIT, batch, error_of, small
 
 PINNED = mock.patch.object
 LAWS = ("gaussian", "sigmoid_gaussian", "beta")
@@ -46,11 +46,21 @@ def test_variants_parameters_are_the_published_counts():
     published = {"detr": 41_524_768, "detr_dc5": 41_524_768, "deformable": 40_069_665,
                  "deformable_single": 34_066_593, "deformable_refine": 40_849_660,
                  "deformable_two_stage": 41_181_529, "dn": 47_429_154, "dino": 46_893_182,
-                 "conditional": 43_418_401, "dab": 43_671_517, "dn_dab": 43_694_977}
+                 "conditional": 43_418_401, "dab": 43_671_517, "dn_dab": 43_694_977,
+                 "lw_tiny": 12_052_002, "lw_medium": 28_237_378, "rf_nano": 30_467_298}
     for name, count in published.items():
         with torch.device("meta"):
             built = build_model(name)
         assert sum(p.numel() for p in built.parameters()) == count, name
+    for name, count in dict(lw_tiny=9_072_366, lw_medium=24_633_742, rf_nano=26_863_662).items():
+        with torch.device("meta"):
+            built = build_model(name, query_groups=1)
+        assert sum(p.numel() for p in built.parameters()) == count, name
+    for name, millions in dict(lw_small=14.6, lw_large=46.8, lw_xlarge=118.0, rf_small=32.1,
+                               rf_medium=33.7, rf_large=33.9).items():  # published so
+        with torch.device("meta"):
+            built = build_model(name)
+        assert round(sum(p.numel() for p in built.parameters()) / 1e6, 1) == millions, name
     for stages, fixed in (("layer1", 222_400), ("stem", 9_408), ("none", 0)):
         with torch.device("meta"):
             built = build_model("dab", frozen_stages=stages)
@@ -62,6 +72,10 @@ def test_variants_contradictions_say_what_to_write():
     for row, changes, word in [
             ("detr", dict(attention="deformabel"), "choose one of"),
             ("detr", dict(levels=2), "1, 3"), ("detr", dict(levels=4), "levels=1"),
+            ("lw_tiny", dict(levels=4), "1, 2 or 3"), ("lw_tiny", dict(taps="1 6"), "vit_depth=6"),
+            ("lw_tiny", dict(taps=""), "rising"), ("lw_tiny", dict(vit_heads=7), "vit_heads=7"),
+            ("lw_tiny", dict(cross_heads=7), "divide d_model"),
+            ("detr", dict(box_codec="relative"), "reference=anchors"),
             ("detr", dict(heads=7), "heads"), ("detr", dict(heads=2.5), "whole"),
             ("detr", dict(attention="conditional"), "reference=points"),
             ("conditional", dict(size_modulation=True), "reference=anchors"),
@@ -475,8 +489,9 @@ def losses_of(built, images, mask, targets):
 def check_shapes(built, images, mask, targets):
     cfg = built.cfg
     outputs, _, losses = losses_of(built, images, mask, targets)
-    assert outputs["logits"].shape == (2, 2, 20, cfg.logits)
-    assert outputs["boxes"].shape == (2, 2, 20, 4) and outputs["states"].shape[:3] == (2, 2, 20)
+    shape = 2, 2, 20 * cfg.query_groups
+    assert outputs["logits"].shape == (*shape, cfg.logits)
+    assert outputs["boxes"].shape == (*shape, 4) and outputs["states"].shape[:3] == shape
     assert ("enc" in outputs) == cfg.two_stage and ("dn" in outputs) == (cfg.denoising != "none")
     assert set(losses) == {"main"} | ({"enc", "dn"} & set(outputs))
 
@@ -499,7 +514,7 @@ def check_recomputed(built, images, mask, targets):
         torch.manual_seed(1)
         built.zero_grad()
         losses_of(built, images, mask, targets)[1].backward()
-        results.append([p.grad.clone() for p in built.parameters()])
+        results.append([p.grad.clone() for p in built.parameters() if p.requires_grad])
     built.checkpoint_activations = False
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*results))
 
@@ -615,7 +630,13 @@ def test_model_ideas_combine():
             ("dn", dict(content="label")), ("dab", dict(query_groups=2)),
             ("dino", dict(class_loss="vfl", denoising="dn")), ("dino", dict(encoder_layers=0)),
             ("dino", dict(refine=False, look_forward_twice=False)),
-            ("dn", dict(two_stage=True, content="zero", denoising="none"))]:
+            ("dn", dict(two_stage=True, content="zero", denoising="none")),
+            ("lw_tiny", dict(levels=3, encoder_layers=1)), ("lw_tiny", dict(denoising="cdn")),
+            ("lw_tiny", dict(content="memory", refine=True, look_forward_twice=True)),
+            ("rf_nano", dict(proposal_loss="all", proposal_score="first", copies=2)),
+            ("detr", VIT | dict(backbone="vit")), ("dino", dict(group_proposals=True)),
+            ("dino", dict(group_proposals=True, query_groups=2, proposal_offsets=True)),
+            ("dab", dict(box_codec="relative", cross_heads=4)), ("diffu_lw", dict(refine=True))]:
         passes([check_gradients, check_alone], name, **changes)
 
 

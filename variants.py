@@ -262,16 +262,24 @@ class Recipe:
     lr_backbone: float = option(1e-5, "learning rate of the backbone")
     lr_points: float = option(1.0, "factor on the rate of sampling_offsets and reference_points "
                               "(Deformable: 0.1)", when=DEFORMABLE)
+    lr_layer_decay: float = option(1.0, "factor on the rate of a ViT's block for each block above "
+                                   "it", high=1, when=VIT)
+    lr_component_decay: float = option(1.0, "factor on the decoder's rate; squared, on the "
+                                       "backbone's (LW-DETR)", high=1)
     lr_drop: float = option(0.8, "multiply the rate by 0.1 after this share of the run", high=1)
     warmup: int = option(0, "steps in which the rate rises, a tenth of the run at most", low=0)
     weight_decay: float = option(1e-4, "AdamW's decay")
     decay_norms: bool = option(True, "apply the decay to normalisation layers too")
     clip_norm: float = option(0.1, "clip the gradient's norm (0: do not)")
     ema: float = option(0.0, "decay of an average of the weights, to be evaluated", high=0.99999)
+    ema_tau: int = option(0, "it rises as 1 - exp(-step / tau) (RF-DETR); 0: as (1 + step) / (10 + "
+                             "step)", low=0)
     batch_size: int = option(16, "images a step, of all processes together")
     micro_batch: int = option(2, "images per forward pass of a process; gradients are added up")
     image_size: int = option(800, "short side in pixels")
-    max_size: int = option(1333, "long side at most")
+    max_size: int = option(1333, "long side at most; 0: images are squashed to squares", low=0)
+    sizes: str = option("image", "sizes in training are drawn per image, or per batch (RF-DETR, of "
+                        "squares)", "image", "batch")
     repeat_rare: float = option(0.0, "repeat images of classes that are in fewer than this share "
                                 "of them (LVIS: 0.001)", high=1)
     crop: bool = option(True, "DETR's random sizes and crops; off: flips only")
@@ -396,10 +404,20 @@ _detr = Recipe(epochs=500, batch_size=64)
 _deformable = Recipe(lr=2e-4, lr_backbone=2e-5, lr_points=0.1, batch_size=32)
 _diffu = Recipe(decay_norms=False, ema=0.999)
 _align = Recipe(epochs=24, lr_drop=20 / 24, decay_norms=False)
+_lw = Recipe(epochs=60, lr_backbone=1.5e-4, lr_layer_decay=0.8, lr_component_decay=0.7, lr_drop=1.0,
+             ema=0.9997, batch_size=32, image_size=640, max_size=0)
+_rf = _lw.but(epochs=100, batch_size=16, ema=0.993, ema_tau=100, sizes="batch")
 RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
     **{name: _deformable for name in VARIANTS if name.startswith("deformable")},
     "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": _align, "align_published": _align,
+    "lw_tiny": _lw, "lw_small": _lw, "diffu_lw": _lw,
+    "lw_medium": _lw.but(batch_size=16, lr_layer_decay=0.7),
+    "lw_large": _lw.but(batch_size=16, lr_layer_decay=0.7, lr_component_decay=0.5),
+    "lw_xlarge": _lw.but(batch_size=16, lr_layer_decay=0.75, lr_component_decay=0.5,
+                         weight_decay=1e-3),
+    **{f"rf_{size}": _rf.but(image_size=side) for size, side in dict(
+        nano=384, small=512, medium=576, large=704, base=560).items()},
     "diffu_align": _align.but(ema=0.999), "diffu_align_published": _align.but(ema=0.999),
 }
 
@@ -412,6 +430,9 @@ def recipe(name):
 # Defaults for data that is not COCO: a model that learns from scratch on two CPU cores in minutes.
 SMALL = dict(backbone="resnet18", d_model=128, ffn=512, encoder_layers=2, decoder_layers=3,
              num_queries=60, dropout=0.0, dn_queries=20, detections=100)
+SMALL_VIT = dict(vit_heads=6, vit_depth=4, vit_width=192, patch=8, windows=2, grid=16,
+                 global_blocks="1 3", taps="1 3", heads=8, cross_heads=8, query_groups=5,
+                 drop_path=0.0)
 SMALL_RECIPE = dict(epochs=50, lr=5e-4, lr_backbone=5e-4, lr_points=0.3, lr_drop=0.8, warmup=100,
                     decay_norms=False, ema=0.999, batch_size=16, micro_batch=16, image_size=320,
                     max_size=533, eval_every=5)
@@ -421,6 +442,12 @@ TOY_RECIPE = SMALL_RECIPE | dict(epochs=8, image_size=128, max_size=128, crop=Fa
 FINE_TUNE_RECIPE = dict(epochs=12, steps=0, batch_size=16, warmup=100, lr_drop=0.8,
                         backbone_weights="none")
 OVERFIT_RECIPE = dict(steps=500, warmup=50, eval_every=100)
+
+
+def small(row):
+    """The fields that make a row small, whatever its backbone."""
+    fields = dict(backbone=row.backbone, **SMALL_VIT) if row.backbone in VITS else {}
+    return SMALL | {"encoder_layers": min(2, row.encoder_layers)} | fields
 
 
 def variant(name, **overrides):
