@@ -130,13 +130,18 @@ class ViTAttention(nn.Module):
         else:
             self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, x):
+    def forward(self, x, gamma):
         if self.fused:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
         else:
             q, k, v = self.query(x), self.key(x), self.value(x)
-        return self.proj(attend(q, k, v, self.heads))
+        return scaled(self.proj, gamma, attend(q, k, v, self.heads))
+
+
+def scaled(linear, gamma, x):
+    """gamma * linear(x), where gamma passes over the weights and not over the tokens."""
+    return F.linear(x, gamma[:, None] * linear.weight, gamma * linear.bias)
 
 
 class Block(nn.Module):
@@ -155,8 +160,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         seen = self.norm1(x).unflatten(0, (-1, self.windows)).flatten(1, 2)  # tokens seen together
-        x = x + self.drop_path(self.gamma_1 * self.attn(seen).view_as(x))
-        return x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attn(seen, self.gamma_1).view_as(x))
+        y = scaled(self.mlp[2], self.gamma_2, self.mlp[:2](self.norm2(x)))
+        return x + self.drop_path(y)
 
 
 class ViT(nn.Module):
@@ -220,6 +226,15 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class ConvNorm(Conv2dNormActivation):
+    """torchvision's, whose batch norm is part of the convolution at inference."""
+
+    def forward(self, x):
+        if self.training or isinstance(self[1], ChannelNorm):
+            return super().forward(x)
+        return self[2](folded(self[0], self[1], x))
+
+
 class C2f(nn.Module):
     """A convolutional block (YOLOv8's): two halves, and a chain of three that starts from the
     second, all concatenated. conv(in, out, kernel): a convolution, its norm and activation."""
@@ -246,8 +261,8 @@ class Projector(nn.Module):
         c, taps, norm = cfg.vit_width, len(cfg.taps.split()), nn.BatchNorm2d
         if cfg.projector_norm == "layer":
             norm = partial(ChannelNorm, eps=1e-6)
-        conv = partial(Conv2dNormActivation, norm_layer=norm, activation_layer=nn.SiLU)
-        relu = partial(Conv2dNormActivation, norm_layer=norm)
+        conv, relu = (partial(ConvNorm, norm_layer=norm, activation_layer=activation)
+                      for activation in (nn.SiLU, nn.ReLU))
         half = c // 4 if c > 512 else c // 2  # channels at half the stride
         finer = lambda: [*([relu(c, c // 2, 1)] if c > 512 else []),
                          nn.ConvTranspose2d(2 * half, half, 2, 2)]

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from scipy import optimize, special, stats
 from torch import nn
+from torch.nn import functional as F
 from torchvision.ops import box_convert
 
 import data
@@ -32,7 +33,7 @@ import diffusion
 import eval as evaluation
 import matcher
 import variants
-from model import DecoderLayer, build_model
+from model import DecoderLayer, build_model, correct
 from tests.fixtures import HERE, SMALL, TRAINED, VIT, batch, error_of, small
 
 PINNED = mock.patch.object
@@ -564,11 +565,13 @@ def test_model_query_groups():
     images, mask, targets = batch()
     args = images.double(), mask, doubled(targets)
     embeddings = "query_embed", "tgt_embed", "refpoint_embed"
-    for name in ("detr", "deformable", "dn", "dino"):
-        built = small(name, query_groups=3, backbone_norm="frozen", box_noise=0.0).double()
-        first = small(name, backbone_norm="frozen").double().eval()
+    for name in ("detr", "deformable", "dn", "dino", "lw_tiny"):
+        frozen = dict(backbone_norm="frozen", projector_norm="layer")
+        built = small(name, query_groups=3, box_noise=0.0, **frozen).double()
+        first = small(name, query_groups=1, **frozen).double().eval()
         first.load_state_dict({k: v[:20] if k.split(".")[0] in embeddings else v
-                               for k, v in built.state_dict().items()})
+                               for k, v in built.state_dict().items()
+                               if not re.match(r"enc_\w+\.[12]\.", k) or name != "lw_tiny"})
         criterion = matcher.Criterion(built.cfg)
         outputs, total, losses = losses_of(built, *args)
         total.backward()
@@ -586,6 +589,45 @@ def test_model_query_groups():
         with torch.no_grad():
             a, b = built.eval()(*args[:2]), first(*args[:2])
         assert a["boxes"].shape[2] == 20 and torch.allclose(a["boxes"], b["boxes"], atol=1e-9), name
+
+
+def test_model_relative_boxes():
+    """LW-DETR's codec by hand; noise may be an empty box, which must be able to grow."""
+    delta, cfg = torch.tensor([0.5, -1.0, 0.0, math.log(2)]), variants.lw_tiny
+    box = torch.tensor([0.5, 0.5, 0.2, 0.1])
+    assert torch.allclose(correct(delta, box, cfg), torch.tensor([0.6, 0.4, 0.2, 0.2]))
+    assert torch.equal(correct(delta, box * 0, cfg), box * 0)
+    assert (correct(delta, box * 0, variants.diffu_lw)[2:] > 0.005).all()
+
+
+def test_model_drop_path():
+    """Later blocks are skipped more often, in training alone, whole windows at a time."""
+    built = small("lw_tiny", drop_path=0.6).train()
+    assert np.allclose([b.drop_path.p for b in built.backbone.blocks], [0, 0.2, 0.4, 0.6])
+    block, x = built.backbone.blocks[3], torch.randn(64, 5, 48)
+    same = (block(x) == x).flatten(1).all(1)
+    assert 5 < same.sum() < 50 and not (block.eval()(x) == x).flatten(1).all(1).any()
+
+
+def test_model_pads_to_whole_windows():
+    """Sides that no window divides: more padding, and the boxes are still the image's own."""
+    built, (images, mask, _) = small("rf_nano").eval(), batch()
+    images, mask, more = images[:, :, :90, :50], mask[:, :90, :50], (0, 14, 0, 6)  # to 64 x 96
+    with torch.no_grad():
+        padded = built(F.pad(images, more), F.pad(mask, more, value=True))["boxes"]
+        assert torch.equal(built(images, mask)["boxes"], padded)
+
+
+def test_model_compiles_and_exports():
+    """The inference form, without a break in the graph, gives what it gives uncompiled."""
+    for name in ("lw_tiny", "lw_large", "rf_nano", "dino"):
+        built, (images, mask, _) = small(name).eval(), batch(size=64)
+        with torch.no_grad():
+            want = built(images, mask)["boxes"]
+            ways = (torch.compile(built, backend="aot_eager", fullgraph=True),
+                    torch.export.export(built, (images, mask)).module())
+            for way in ways:
+                assert torch.allclose(way(images, mask)["boxes"], want, atol=1e-5), name
 
 
 def test_model_time_is_added_between_self_attention_and_cross_attention():

@@ -430,9 +430,8 @@ def recipe(name):
 # Defaults for data that is not COCO: a model that learns from scratch on two CPU cores in minutes.
 SMALL = dict(backbone="resnet18", d_model=128, ffn=512, encoder_layers=2, decoder_layers=3,
              num_queries=60, dropout=0.0, dn_queries=20, detections=100)
-SMALL_VIT = dict(vit_heads=6, vit_depth=4, vit_width=192, patch=8, windows=2, grid=16,
-                 global_blocks="1 3", taps="1 3", heads=8, cross_heads=8, query_groups=5,
-                 drop_path=0.0)
+SMALL_VIT = dict(vit_width=192, vit_heads=6, patch=8, windows=2, grid=16, d_model=192, heads=8,
+                 cross_heads=8, query_groups=5)
 SMALL_RECIPE = dict(epochs=50, lr=5e-4, lr_backbone=5e-4, lr_points=0.3, lr_drop=0.8, warmup=100,
                     decay_norms=False, ema=0.999, batch_size=16, micro_batch=16, image_size=320,
                     max_size=533, eval_every=5)
@@ -446,8 +445,8 @@ OVERFIT_RECIPE = dict(steps=500, warmup=50, eval_every=100)
 
 def small(row):
     """The fields that make a row small, whatever its backbone."""
-    fields = dict(backbone=row.backbone, **SMALL_VIT) if row.backbone in VITS else {}
-    return SMALL | {"encoder_layers": min(2, row.encoder_layers)} | fields
+    vit = SMALL_VIT | {"backbone": row.backbone} if row.backbone in VITS else {}
+    return SMALL | {"encoder_layers": min(2, row.encoder_layers)} | vit
 
 
 def variant(name, **overrides):

@@ -14,7 +14,8 @@ from model import build_model
 HERE = Path(__file__).parent.parent
 TINY = dict(backbone_norm="batch", num_classes=5, num_queries=20, decoder_layers=2)
 SMALL = variants.SMALL | TINY | dict(encoder_layers=1)
-VIT = variants.SMALL_VIT | dict(vit_width=48, vit_heads=4, query_groups=3)
+VIT = variants.SMALL_VIT | dict(vit_width=48, vit_heads=4, vit_depth=4, taps="1 3", drop_path=0.0,
+                                global_blocks="1 3", d_model=96, query_groups=3)
 
 
 def shrunk(name):

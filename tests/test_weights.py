@@ -179,3 +179,8 @@ def test_weights_backbone():
         for which, words in ((path, "missing|resnet34"), ("none", "--backbone-norm batch"), (
                 "default", f"no net|resnet34-|{folder}|--backbone-weights PATH or none")):
             refused(words, weights.load_backbone, other, which)
+    own, another = (build_model("lw_tiny", vit_width=24, decoder_layers=1) for _ in range(2))
+    weights.load_backbone(own, another.state_dict())
+    assert torch.equal(own.backbone.blocks[5].mlp[0].weight, another.backbone.blocks[5].mlp[0].weight)
+    refused("published detector|--weights PATH|none", weights.load_backbone, own, "default")
+    weights.load_backbone(own, "none")
