@@ -1,13 +1,32 @@
-"""What sees the image: a backbone gives maps of strides 4 to 32, the neck takes what it reads.
+"""What sees the image: a backbone gives maps, a neck makes of them the levels that are read.
 
-    images [B, 3, H, W] -> ResNet -> C2 to C5, at strides 4 to 32 -> Neck -> [B, d, h, w] per level
+    images [B, 3, H, W] -> ResNet -> C2 to C5, at strides 4 to 32 -> Neck      -> [B, d, h, w]
+                        -> ViT -> some blocks' outputs, at one stride -> Projector -> per level
 
 DETR (Carion 2020) reads C5 alone; Deformable DETR (Zhu 2021) C3 to C5, and makes a fourth level.
+LW-DETR (Chen 2024) and RF-DETR (Robinson 2025) read several blocks of a plain ViT (Dosovitskiy
+2021; RF: DINOv2, Oquab 2023), most of which look into windows only.
 """
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d, StochasticDepth
+
+from variants import VITS
+
+
+def build_backbone(cfg):
+    """The backbone of a Config and its neck; `backbone.divisor` divides the images' sides."""
+    if cfg.backbone in VITS:
+        return ViT(cfg), Projector(cfg)
+    body = ResNet(cfg)
+    return body, Neck(cfg, body.channels)
+
+
+# ==================================================================================== ResNets
 
 
 def folded(conv, norm, x):
@@ -33,6 +52,8 @@ class ResNet(nn.Module):
     training from scratch takes backbone_norm="batch". With frozen norms, which first stages are not
     trained is cfg.frozen_stages. Weights come from weights.py.
     """
+
+    divisor = 1
 
     def __init__(self, cfg):
         super().__init__()
@@ -84,3 +105,176 @@ class Neck(nn.ModuleList):
         for i in range(len(read), len(self)):
             levels.append(self[i](read[-1] if i == len(read) else levels[-1]))
         return levels
+
+
+# ======================================================================================= ViTs
+
+def attend(q, k, v, heads, allowed=None, dropout=0.0):
+    """Scaled dot products in `heads` parts of the channels: q [B, Q, c], k [B, S, c], v [B, S, d]
+    -> [B, Q, d]. allowed: bool, broadcast to [B, M, Q, S], or None."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
+    return y.transpose(1, 2).flatten(2)
+
+
+class ViTAttention(nn.Module):
+    """Self-attention of tokens x [B, N, c]. LW-DETR's files have one matrix for queries, keys and
+    values, and no bias for keys, which softmax does not see; DINOv2's have three of each."""
+
+    def __init__(self, width, heads, fused):
+        super().__init__()
+        self.heads, self.fused, self.proj = heads, fused, nn.Linear(width, width)
+        if fused:
+            self.qkv = nn.Linear(width, 3 * width, bias=False)
+            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+        else:
+            self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x, gamma):
+        if self.fused:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+            q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        else:
+            q, k, v = self.query(x), self.key(x), self.value(x)
+        return scaled(self.proj, gamma, attend(q, k, v, self.heads))
+
+
+def scaled(linear, gamma, x):
+    """gamma * linear(x), where gamma passes over the weights and not over the tokens."""
+    return F.linear(x, gamma[:, None] * linear.weight, gamma * linear.bias)
+
+
+class Block(nn.Module):
+    """x + gamma_1 attention(LN x), then x + gamma_2 MLP(LN x), of tokens x [B * windows, N, c].
+    everywhere: attention sees all windows of an image, or else one."""
+
+    def __init__(self, cfg, everywhere, drop_path):
+        super().__init__()
+        c, scale = cfg.vit_width, 0.1 if cfg.backbone == "vit" else 1.0
+        self.windows = cfg.windows ** 2 if everywhere else 1
+        self.norm1, self.norm2 = nn.LayerNorm(c, eps=1e-6), nn.LayerNorm(c, eps=1e-6)
+        self.attn = ViTAttention(c, cfg.vit_heads, cfg.backbone == "vit")
+        self.mlp = nn.Sequential(nn.Linear(c, 4 * c), nn.GELU(), nn.Linear(4 * c, c))
+        self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((c,), scale)) for _ in range(2))
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x):
+        seen = self.norm1(x).unflatten(0, (-1, self.windows)).flatten(1, 2)  # tokens seen together
+        x = x + self.drop_path(self.attn(seen, self.gamma_1).view_as(x))
+        y = scaled(self.mlp[2], self.gamma_2, self.mlp[:2](self.norm2(x)))
+        return x + self.drop_path(y)
+
+
+class ViT(nn.Module):
+    """A plain vision transformer whose tokens stay sorted by windows from the first block to the
+    last, so that only the few global blocks pay for attention to the whole image.
+
+    "vit": LW-DETR's. "dinov2": RF-DETR's, in which every window has a copy of the class token,
+    whose only work is attention, and all blocks that are read pass through one norm.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        c, self.dino, self.windows = cfg.vit_width, cfg.backbone == "dinov2", cfg.windows
+        self.divisor, self.taps = cfg.patch * cfg.windows, [*map(int, cfg.taps.split())]
+        self.grid = cfg.grid
+        self.patch_embed = nn.Conv2d(3, c, cfg.patch, cfg.patch)
+        # The first row is the class token's place, which "vit" lacks but its files hold.
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + cfg.grid ** 2, c))
+        self.blocks = nn.ModuleList(
+            Block(cfg, str(i) in cfg.global_blocks.split(),
+                  cfg.drop_path * i / max(cfg.vit_depth - 1, 1)) for i in range(cfg.vit_depth))
+        if self.dino:
+            self.cls_token, self.norm = nn.Parameter(torch.zeros(1, 1, c)), nn.LayerNorm(c, 1e-6)
+            self.mask_token = nn.Parameter(torch.zeros(1, c), False)  # of DINOv2's training
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias) if module.bias is not None else None
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks[self.taps[-1] + 1:].requires_grad_(False)  # rf_base's last is never read
+
+    def positions(self, h, w):
+        """The learned grid's, resized as each paper does: [1, h, w, c]."""
+        grid = self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid))
+        if grid.shape[1:3] == (h, w):
+            return grid
+        return F.interpolate(grid.permute(0, 3, 1, 2), (h, w), mode="bicubic",
+                             antialias=self.dino).permute(0, 2, 3, 1)
+
+    def forward(self, images):
+        """Images [B, 3, H, W], sides divisible by `divisor` -> maps [B, c, h, w], one a tap."""
+        x, n, maps = self.patch_embed(images).permute(0, 2, 3, 1), self.windows, []
+        B, h, w, c = x.shape
+        x = (x + self.positions(h, w)).view(B, n, h // n, n, w // n, c)
+        x = x.transpose(2, 3).reshape(B * n * n, -1, c)  # window after window, row by row
+        if self.dino:
+            x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
+        for i, block in enumerate(self.blocks[:self.taps[-1] + 1]):
+            x = block(x)
+            if i in self.taps:
+                y = self.norm(x[:, 1:]) if self.dino else x
+                y = y.reshape(B, n, n, h // n, w // n, c).transpose(2, 3).reshape(B, h, w, c)
+                maps.append(y.permute(0, 3, 1, 2))
+        return maps
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm of every pixel's channels: [B, c, h, w]."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvNorm(Conv2dNormActivation):
+    """torchvision's, whose batch norm is part of the convolution at inference."""
+
+    def forward(self, x):
+        if self.training or isinstance(self[1], ChannelNorm):
+            return super().forward(x)
+        return self[2](folded(self[0], self[1], x))
+
+
+class C2f(nn.Module):
+    """A convolutional block (YOLOv8's): two halves, and a chain of three that starts from the
+    second, all concatenated. conv(in, out, kernel): a convolution, its norm and activation."""
+
+    def __init__(self, channels, d, conv):
+        super().__init__()
+        self.cv1, self.cv2 = conv(channels, d, 1), conv(d // 2 * 5, d, 1)
+        self.m = nn.ModuleList(nn.ModuleDict({
+            name: conv(d // 2, d // 2, 3) for name in ("cv1", "cv2")}) for _ in range(3))
+
+    def forward(self, x):
+        parts = [*self.cv1(x).chunk(2, 1)]
+        for part in self.m:
+            parts.append(part["cv2"](part["cv1"](parts[-1])))
+        return self.cv2(torch.cat(parts, 1))
+
+
+class Projector(nn.Module):
+    """LW-DETR's neck (section 3.1): a ViT's maps, of one stride, to one level at that stride, or to
+    two, at half and twice of it, or to all three."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        c, taps, norm = cfg.vit_width, len(cfg.taps.split()), nn.BatchNorm2d
+        if cfg.projector_norm == "layer":
+            norm = partial(ChannelNorm, eps=1e-6)
+        conv, relu = (partial(ConvNorm, norm_layer=norm, activation_layer=activation)
+                      for activation in (nn.SiLU, nn.ReLU))
+        half = c // 4 if c > 512 else c // 2  # channels at half the stride
+        finer = lambda: [*([relu(c, c // 2, 1)] if c > 512 else []),
+                         nn.ConvTranspose2d(2 * half, half, 2, 2)]
+        ways = {"finer": (finer, half), "same": (list, c), "coarser": (lambda: [relu(c, c, 3, 2)], c)}
+        ways = [ways[way] for way in {1: ["same"], 2: ["finer", "coarser"]}.get(cfg.levels, ways)]
+        self.stages_sampling = nn.ModuleList(nn.ModuleList(
+            nn.Sequential(*make()) for _ in range(taps)) for make, _ in ways)
+        self.stages = nn.ModuleList(nn.Sequential(
+            C2f(taps * out, cfg.d_model, conv), ChannelNorm(cfg.d_model, eps=1e-6))
+            for _, out in ways)
+
+    def forward(self, maps):
+        """Maps [B, c, h, w] -> the levels, finest first: a list of [B, d, h, w]."""
+        return [stage(torch.cat([sample(x) for sample, x in zip(samples, maps)], 1))
+                for samples, stage in zip(self.stages_sampling, self.stages)]

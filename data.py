@@ -106,8 +106,11 @@ class Images(Dataset):
 
 
 def resized(w, h, size, max_size=None):
-    """(h, w) after the published resize: short side `size`, long side at most `max_size` pixels.
+    """(h, w) after the published resize: short side `size`, long side at most `max_size` pixels, or
+    with max_size 0 a square (LW-DETR).
     The rounding is part of the published numbers: 640x200 becomes 1334x417, above the cap."""
+    if max_size == 0:
+        return size, size
     short, long = min(w, h), max(w, h)
     if max_size is not None and long / short * size > max_size:
         size = max(1, round(max_size * short / long))
@@ -125,9 +128,10 @@ def _resize(image, boxes, size, max_size, exact):
     return image, boxes * np.float32([new_w / w, new_h / h] * 2)  # whole pixels: the ratios differ
 
 
-def _transform(image, boxes, labels, rng, size, max_size, flip, crop, exact):
+def _transform(image, boxes, labels, rng, size, max_size, flip, crop, exact, several):
     """One sample through `train_transform`. The order of the draws is part of a seed's meaning."""
-    low, high, *firsts = (round(side * size / 800) for side in (384, 600, 400, 500, 600))
+    low, high, *firsts = (round(side * size / 800) if max_size != 0 else side
+                          for side in (384, 600, 400, 500, 600))
     if flip and rng.random() < 0.5:
         boxes = boxes[:, [2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
         boxes += np.float32([image.width, 0] * 2)
@@ -141,15 +145,20 @@ def _transform(image, boxes, labels, rng, size, max_size, flip, crop, exact):
         boxes = (boxes - np.float32([left, top] * 2)).clip(0, np.float32([w, h] * 2))
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # maybe none, which teaches too
         boxes, labels = boxes[kept], labels[kept]
-    if crop:
+    if crop and several and max_size == 0:
+        size = rng.choice([round(side * size / 640) for side in range(448, 897, 64)])
+    elif crop and several:
         size = rng.choice([round(side * size / 800) for side in range(480, 801, 32)])
     return *_resize(image, boxes, size, max_size, exact), labels
 
 
-def train_transform(size=800, max_size=1333, flip=True, crop=True, exact=False):
-    """DETR's training recipe; another `size` than 800 scales all but max_size. exact: PIL's bytes.
+def train_transform(size=800, max_size=1333, flip=True, crop=True, exact=False, several=True):
+    """DETR's training recipe; another `size` than 800 scales all but max_size. With max_size 0
+    (LW-DETR, at size 640) the last resize is to a square of {448, 512, ..., 896}; several=False: of
+    `size`. exact: PIL's bytes.
     Returns f(PIL image, boxes [n,4] xyxy, labels [n], random.Random) -> (image, boxes, labels)."""
-    return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop, exact=exact)
+    return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop, exact=exact,
+                   several=several)
 
 
 eval_transform = partial(train_transform, flip=False, crop=False, exact=True)  # only a resize

@@ -193,18 +193,22 @@ class Criterion:
         stacks = {"main": (folded(outputs["logits"]), folded(outputs["boxes"]), targets)}
         copies = [[cfg.copies] * groups * (L - 1) + [1] * groups]  # the last layer is one-to-one
         if "enc" in outputs:
-            wanted = targets
+            wanted, parts = targets, [outputs["enc"][key][None] for key in ("logits", "boxes")]
             if cfg.proposal_labels == "binary":  # object or not
                 wanted = [t | {"labels": torch.zeros_like(t["labels"])} for t in targets]
-            stacks["enc"] = outputs["enc"]["logits"][None], outputs["enc"]["boxes"][None], wanted
-            copies.append([cfg.copies])
+            parts = map(folded, parts) if cfg.group_proposals else parts
+            stacks["enc"] = *parts, wanted
+            copies.append([cfg.copies] * len(stacks["enc"][0]))
         losses = {}
         for kind, index, each in zip(stacks, match([*stacks.values()], cfg, copies), copies):
             Q, here = stacks[kind][0].shape[2], [len(t["labels"]) for t in targets]
             sizes = [sum(min(share * n, Q) for n, share in zip(
                 here, shares(k, here, Q, cfg.copies_rule))) for k in each]
             losses[kind] = self.supervise(kind, *stacks[kind], index, sizes, counts)
-        losses["main"] = {k: v.unflatten(0, (L, groups)).mean(1) for k, v in losses["main"].items()}
+        for kind, layers in ("main", L), ("enc", 1):  # the mean of the groups
+            if kind in losses:
+                losses[kind] = {key: x.unflatten(0, (layers, -1)).mean(1)
+                                for key, x in losses[kind].items()}
         if "dn" in outputs:
             losses["dn"] = self.denoise(targets, counts, **outputs["dn"])
         total = sum(self.weights[kind][loss] * value.sum()

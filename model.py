@@ -3,9 +3,10 @@
     backbone -> neck -> tokens -> encoder -> memory -> queries -> decoder -> heads
 
 One class, `Detector`, is the whole family (DETR, Carion 2020; Conditional DETR, Meng 2021;
-DAB-DETR, Liu 2022; Deformable DETR, Zhu 2021; DN-DETR, Li 2022; DINO, Zhang 2023; DiffuDETR, ICLR
-2026); a field of `Config` (variants.py) switches each idea on. Read `Detector.forward` first: it
-tells the story in order. Then `encode`, `proposals`, `first_queries`, `decode`.
+DAB-DETR, Liu 2022; Deformable DETR, Zhu 2021; DN-DETR, Li 2022; DINO, Zhang 2023; LW-DETR, Chen
+2024; DiffuDETR, ICLR 2026); a field of `Config` (variants.py) switches each idea on. Read
+`Detector.forward` first: it tells the story in order. Then `encode`, `proposals`, `first_queries`,
+`decode`.
 
 Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes, d channels, M
 heads, D channels a head.
@@ -20,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import diffusion
 import variants
-from backbone import Neck, ResNet
+from backbone import attend, build_backbone
 from msda import MSDeformAttn
-from variants import BOXES
+from variants import BOXES, VITS
 
 
 def build_model(variant, **overrides):
@@ -39,15 +40,23 @@ def inverse_sigmoid(x, eps):
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
-def correct(delta, reference, eps):
-    """The box codec, r' = sigmoid(f(o) + logit(r)): what a box head's output means.
+def correct(delta, reference, cfg, eps=None):
+    """The box codec, what a box head's output means: r' = sigmoid(f(o) + logit(r)), or, relative
+    (LW-DETR), r' = (x + f_x w, y + f_y h, w exp f_w, h exp f_h), which may leave [0, 1].
 
     delta [..., 4]; reference [..., 4] in [0, 1], or [..., 2], a point, which has no logit for w and
-    h, or None (DETR: the head alone gives the box). Boxes are float32 even under autocast.
+    h, or None (DETR: the head alone gives the box); eps: cfg.logit_eps. Boxes are float32 even
+    under autocast.
     """
     delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+    if cfg.box_codec == "relative":
+        centre, size = reference.split(2, -1)
+        if cfg.reference == "noise":  # an empty box could never grow
+            size = size.clamp(min=0.01)
+        return torch.cat([centre + delta[..., :2] * size, size * delta[..., 2:].exp()], -1)
     if reference is not None:
-        delta = delta + F.pad(inverse_sigmoid(reference, eps), (0, 4 - reference.shape[-1]))
+        logit = inverse_sigmoid(reference, cfg.logit_eps if eps is None else eps)
+        delta = delta + F.pad(logit, (0, 4 - reference.shape[-1]))
     return delta.sigmoid()
 
 
@@ -72,7 +81,7 @@ class Memory(NamedTuple):
     """What backbone and encoder know of a batch: computed once, read by every evaluation."""
     tokens: torch.Tensor  # [B, S, d], level after level, rows first
     mask: torch.Tensor  # [B, S] True = padding; padded tokens stay in the sequence
-    pos: torch.Tensor  # [B, S, d] position encoding, with the level's embedding
+    pos: torch.Tensor  # [B, S, d] position encoding, with the level's embedding; None: not read
     shapes: list  # (h, w) of every level
     valid: torch.Tensor  # [B, levels, 2] share (w, h) of each level's map that is not padding
     centres: torch.Tensor  # [B, S, 2] the tokens' centres (x, y) in [0, 1] of the un-padded image
@@ -86,14 +95,6 @@ class Memory(NamedTuple):
 # read)` answers queries x [B, Q, d] with positions pos [B, Q, d]. `around` is where they look:
 # nothing (dense), the sine of the reference [B, Q, d] (conditional), or the reference itself in
 # every level's map [B, Q, levels, 2 or 4] (deformable).
-
-def attend(q, k, v, heads, allowed, dropout):
-    """Scaled dot products in `heads` parts of the channels: q [B, Q, c], k [B, S, c], v [B, S, d]
-    -> [B, Q, d]. allowed: bool, broadcast to [B, M, Q, S], or None."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-    return y.transpose(1, 2).flatten(2)
-
 
 class DenseAttention(nn.MultiheadAttention):
     """Attention to all tokens (Vaswani 2017, as DETR has it): content and position are summed."""
@@ -176,11 +177,11 @@ class ConditionalSelfAttention(nn.Module):
                                     self.dropout * self.training))
 
 
-def image_attention(cfg):
+def image_attention(cfg, heads):
     """The layer with which tokens look at the image, and queries, unless conditionally."""
     if cfg.attention == "deformable":
-        return MSDeformAttn(cfg.d_model, cfg.levels, cfg.heads, cfg.points)
-    return DenseAttention(cfg.d_model, cfg.heads, cfg.dropout)
+        return MSDeformAttn(cfg.d_model, cfg.levels, heads, cfg.points)
+    return DenseAttention(cfg.d_model, heads, cfg.dropout)
 
 
 def activation(cfg):
@@ -194,7 +195,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d = cfg.d_model
-        self.self_attn = image_attention(cfg)
+        self.self_attn = image_attention(cfg, cfg.heads)
         self.linear1, self.linear2 = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.activation, self.dropout = activation(cfg), nn.Dropout(cfg.dropout)
@@ -215,13 +216,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, cfg, first=False):
         super().__init__()
-        d = cfg.d_model
+        d, cross_heads = cfg.d_model, cfg.cross_heads or cfg.heads
         if cfg.attention == "conditional":
             self.self_attn = ConditionalSelfAttention(d, cfg.heads, cfg.dropout)
-            self.cross_attn = ConditionalAttention(d, cfg.heads, cfg.dropout, first)
+            self.cross_attn = ConditionalAttention(d, cross_heads, cfg.dropout, first)
         else:
             self.self_attn = SelfAttention(d, cfg.heads, cfg.dropout, batch_first=True)
-            self.cross_attn = image_attention(cfg)
+            self.cross_attn = image_attention(cfg, cross_heads)
         self.linear1, self.linear2 = nn.Linear(d, cfg.ffn), nn.Linear(cfg.ffn, d)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
         self.activation, self.dropout = activation(cfg), nn.Dropout(cfg.dropout)
@@ -238,11 +239,13 @@ class DecoderLayer(nn.Module):
         scale, shift = self.time[block](t)[:, None].chunk(2, -1)
         return x + x * (1 + scale) + shift  # x twice, as in the checkpoints' code; DiT has it once
 
-    def forward(self, x, pos, around, read, blocked, t):
+    def forward(self, x, pos, around, read, blocked, t, groups=1):
         """x [B, Q, d] content; pos [B, Q, d] position; around, read, blocked: as the attentions
-        take them; t [B, 4d], of the time, or None."""
+        take them; t [B, 4d], of the time, or None; groups: Q's parts that do not see each other."""
         x = self.modulate(x, t, 0)
-        x = self.norm1(x + self.dropout(self.self_attn(x, pos, blocked)))
+        parts = (y.unflatten(1, (groups, -1)).flatten(0, 1) for y in (x, pos))  # [B * groups, ...]
+        y = self.self_attn(*parts, blocked).unflatten(0, (-1, groups)).flatten(1, 2)
+        x = self.norm1(x + self.dropout(y))
         if self.time is not None and len(self.time) == 1:
             x = x + self.time[0](t)[:, None]  # DiffuDETR: FFN(MSDA(SA(q) + t, r_t, O_enc))
         x = self.modulate(x, t, 1)
@@ -264,11 +267,11 @@ class Detector(nn.Module):
         self.cfg = cfg
         d, queries = cfg.d_model, cfg.query_groups * cfg.num_queries
         mark = int(cfg.denoising == "dn")  # the last channel of content says: a denoising query
-        self.backbone = ResNet(cfg)
+        self.backbone, self.input_proj = build_backbone(cfg)
         self.backbone.to(memory_format=torch.channels_last)
-        self.input_proj = Neck(cfg, self.backbone.channels)
-        if cfg.attention == "deformable":  # only encoder layers read it
-            self.level_embed = nn.Parameter(torch.empty(cfg.levels, d), cfg.encoder_layers > 0)
+        self.input_proj.to(memory_format=torch.channels_last)
+        if cfg.attention == "deformable" and cfg.encoder_layers:
+            self.level_embed = nn.Parameter(torch.empty(cfg.levels, d))
         self.encoder = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.encoder_layers))
         if cfg.encoder_scale and cfg.encoder_layers:
             self.encoder_scale = MLP(d, d, d)
@@ -293,13 +296,18 @@ class Detector(nn.Module):
             self.ref_anchor_head = MLP(d, d, 2)
         if cfg.reference not in BOXES:
             self.query_embed = nn.Embedding(queries, 2 * d if cfg.content == "split" else d)
-        if cfg.reference == "anchors":
+        if cfg.reference == "anchors" or cfg.reference == "proposals" and cfg.proposal_offsets:
             self.refpoint_embed = nn.Embedding(queries, 4)
         if cfg.content == "learned":
             self.tgt_embed = nn.Embedding(queries, d - mark)
         if cfg.two_stage:
-            self.enc_output, self.enc_output_norm = nn.Linear(d, d), nn.LayerNorm(d)
-            self.enc_class_embed, self.enc_bbox_embed = nn.Linear(d, cfg.logits), MLP(d, d, d, 4)
+            for name, *made in (("output", nn.Linear, d, d), ("output_norm", nn.LayerNorm, d),
+                                ("class_embed", nn.Linear, d, cfg.logits),
+                                ("bbox_embed", MLP, d, d, d, 4)):
+                each = [made[0](*made[1:]) for _ in range(
+                    cfg.query_groups if cfg.group_proposals else 1)]
+                self.add_module("enc_" + name, nn.ModuleList(each) if cfg.group_proposals
+                                else each[0])
         if cfg.content == "split" and cfg.reference == "proposals":
             self.pos_trans, self.pos_trans_norm = nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)
         if cfg.denoising != "none":
@@ -322,15 +330,16 @@ class Detector(nn.Module):
                 module.reset_parameters()
         class_heads, box_heads = [*self.class_embed], [*self.bbox_embed]
         if cfg.two_stage:
-            class_heads.append(self.enc_class_embed)
-            box_heads.append(self.enc_bbox_embed)
+            class_heads += self.enc_class_embed if cfg.group_proposals else [self.enc_class_embed]
+            box_heads += self.enc_bbox_embed if cfg.group_proposals else [self.enc_bbox_embed]
         for head in class_heads if cfg.class_loss != "ce" else []:
             # A prior of 1%, or the many negatives swamp the first steps (Lin et al. 2017, 3.3).
             nn.init.constant_(head.bias, -math.log(99))
-        if cfg.attention == "deformable":
+        if cfg.attention == "deformable" and cfg.backbone not in VITS:
             for projection in self.input_proj:
                 nn.init.xavier_uniform_(projection[0].weight)
                 nn.init.zeros_(projection[0].bias)
+        if hasattr(self, "level_embed"):
             nn.init.normal_(self.level_embed)
         if cfg.reference == "none":
             return
@@ -347,6 +356,8 @@ class Detector(nn.Module):
                 nn.init.constant_(head[-1].bias[2:], -2)
         if hasattr(self, "reference_points"):
             nn.init.zeros_(self.reference_points.bias)
+        if cfg.reference == "proposals" and cfg.proposal_offsets:
+            nn.init.zeros_(self.refpoint_embed.weight)
         if cfg.two_stage and cfg.content == "learned":
             nn.init.xavier_uniform_(self.tgt_embed.weight)  # DINO's effective initialisation
 
@@ -373,6 +384,10 @@ class Detector(nn.Module):
         denoising, diffuses = cfg.denoising != "none" and self.training, cfg.reference == "noise"
         if self.training and targets is None and (denoising or diffuses):
             raise ValueError("training noises the targets: call model(images, mask, targets)")
+        extra = [-n % self.backbone.divisor for n in images.shape[:1:-1]]  # right, bottom
+        if any(extra):
+            images = F.pad(images, (0, extra[0], 0, extra[1]))
+            mask = F.pad(mask, (0, extra[0], 0, extra[1]), value=True)
         memory = self.encode(images, mask)
         outputs, chosen = {}, None
         # Where noise and learned content start the queries, inference needs no proposals.
@@ -390,23 +405,22 @@ class Detector(nn.Module):
                 decode, images.shape[0], cfg, images.device, memory.centres.dtype, generator, watch)
             return outputs | dict(zip(names, answer))
 
-        t, blocked, P = None, None, 0
+        t, blocked, P, groups = None, None, 0, cfg.query_groups if self.training else 1
         if diffuses:  # DiffuDETR, training
             reference, t = diffusion.noised_references(targets, cfg, generator)
-        groups, Q = cfg.query_groups if self.training else 1, content.shape[1]
-        matching = torch.arange(Q, device=images.device) // (Q // groups)  # [Q] group ids
         if groups > 1:
             outputs["query_groups"] = groups
-            blocked = diffusion.attention_mask(matching[:0], matching)
         if denoising:  # DN, DINO: put before the rest
-            noised = diffusion.denoising_queries(targets, cfg, generator)
+            noised, Q = diffusion.denoising_queries(targets, cfg, generator), content.shape[1]
+            matching = torch.arange(Q, device=images.device) // (Q // groups)  # [Q] group ids
             P, blocked = len(noised.group), diffusion.attention_mask(noised.group, matching)
+            groups = 1  # for the mask keeps them apart
             extra = self.mark(self.label_enc(noised.labels), 1) * noised.used[..., None]
             content = torch.cat([extra.to(content), content], 1)
             # Through the logit and back, as published: boxes at the border end 1e-3 inside.
             boxes = inverse_sigmoid(noised.boxes, cfg.logit_eps).sigmoid()
             reference = torch.cat([boxes, reference], 1)
-        parts = self.decode(memory, read, content, pos, reference, blocked, t)
+        parts = self.decode(memory, read, content, pos, reference, blocked, t, groups)
         if denoising:
             logits, boxes, _ = (x[:, :, :P] for x in parts)
             outputs["dn"] = {"logits": logits, "boxes": boxes, "queries": noised}
@@ -431,18 +445,19 @@ class Detector(nn.Module):
             h, w = x.shape[2:]
             m = F.interpolate(mask[:, None].float(), size=(h, w))[:, 0].bool()  # floor(i * H / h)
             valid = torch.stack([(~m[:, 0]).sum(1), (~m[:, :, 0]).sum(1)], -1).to(wide)  # w, h
-            pos = self.position(m, wide).to(x).flatten(1, 2)
-            if cfg.attention == "deformable":
-                pos = pos + self.level_embed[level]
+            if cfg.encoder_layers or cfg.attention != "deformable":  # or nobody looks at it
+                pos = self.position(m, wide).to(x).flatten(1, 2)
+                if cfg.attention == "deformable":
+                    pos = pos + self.level_embed[level]
+                positions.append(pos)
             sides = (torch.arange(n, device=x.device, dtype=wide) for n in (h, w))
             row, column = torch.meshgrid(*sides, indexing="ij")
             cells = torch.stack([column, row], -1).view(1, h * w, 2) + 0.5
             masks.append(m.flatten(1))
-            positions.append(pos)
             centres.append(cells / valid[:, None].clamp(min=1))
             valids.append(torch.stack([valid[:, 0] / w, valid[:, 1] / h], -1))
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
-        memory = Memory(tokens, torch.cat(masks, 1), torch.cat(positions, 1),
+        memory = Memory(tokens, torch.cat(masks, 1), torch.cat(positions, 1) if positions else None,
                         [tuple(x.shape[2:]) for x in maps], torch.stack(valids, 1),
                         torch.cat(centres, 1))
         for layer in self.encoder:
@@ -467,17 +482,30 @@ class Detector(nn.Module):
         """Two-stage (Zhu et al. 2021, appendix A.4): every token proposes a box around its cell.
 
         Returns the proposals to supervise, {"logits": [B, S or Q, C], "boxes"}, and the Q
-        best: (their memory [B, Q, d], their boxes [B, Q, 4]), detached.
+        best: (their memory [B, Q, d], their boxes [B, Q, 4]), detached. In training Q counts all
+        query groups, and so does what is supervised if these have their own heads.
         """
-        cfg = self.cfg
+        cfg, groups = self.cfg, self.cfg.query_groups if self.training else 1
         side = torch.cat([memory.centres.new_full((h * w,), 0.05 * 2.0 ** level)
                           for level, (h, w) in enumerate(memory.shapes)])
         B = memory.mask.shape[0]
         grid = torch.cat([memory.centres, side[None, :, None].expand(B, -1, 2)], -1)
         good = (((grid > 0.01) & (grid < 0.99)).all(-1) & ~memory.mask)[..., None]  # [B, S, 1]
-        grid = torch.where(good, grid, 1)  # whose logit is infinite: no delta moves it
-        tokens = self.enc_output_norm(self.enc_output(memory.tokens * good))
-        logits = self.enc_class_embed(tokens).to(grid)
+        # A logit of 1 is infinite: no delta moves it. Nor one a box without size.
+        grid = torch.where(good, grid, int(cfg.box_codec == "logit"))
+        heads = self.enc_output, self.enc_output_norm, self.enc_class_embed, self.enc_bbox_embed
+        each = [*zip(*heads)][:groups] if cfg.group_proposals else [heads]
+        parts = zip(*(self.propose(memory.tokens * good, grid, *own) for own in each))
+        logits, boxes, content, chosen = (torch.cat(part, 1) for part in parts)
+        again = groups // len(each)
+        return {"logits": logits, "boxes": boxes}, tuple(
+            x.detach().repeat(1, again, 1) for x in (content, chosen))
+
+    def propose(self, tokens, grid, output, norm, class_embed, bbox_embed):
+        """One set of heads -> what to supervise, logits and boxes, and the best: memory and boxes.
+        """
+        cfg, tokens = self.cfg, norm(output(tokens))
+        logits = class_embed(tokens).to(grid)
         score = logits[..., 0] if cfg.proposal_score == "first" else logits.amax(-1)
         Q = min(cfg.num_queries, score.shape[1])  # a very small image has fewer tokens than queries
         best = score.topk(Q, dim=1).indices[..., None]  # [B, Q, 1]
@@ -487,12 +515,10 @@ class Detector(nn.Module):
 
         content = pick(tokens)
         if cfg.proposal_loss == "selected":  # the other tokens' boxes are not needed
-            logits = pick(logits)
-            boxes = chosen = correct(self.enc_bbox_embed(content), pick(grid), 0)
-        else:
-            boxes = correct(self.enc_bbox_embed(tokens), grid, 0)
-            chosen = pick(boxes)
-        return {"logits": logits, "boxes": boxes}, (content.detach(), chosen.detach())
+            boxes = correct(bbox_embed(content), pick(grid), cfg, 0)
+            return pick(logits), boxes, content, boxes
+        boxes = correct(bbox_embed(tokens), grid, cfg, 0)
+        return logits, boxes, content, pick(boxes)
 
     def first_queries(self, memory, chosen):
         """Where queries start -> content [B, Q, d], position [B, Q, d] or None (made in every layer
@@ -501,17 +527,20 @@ class Detector(nn.Module):
         """
         cfg, B = self.cfg, memory.tokens.shape[0]
         groups = cfg.query_groups if self.training else 1
-        Q = chosen[1].shape[1] if cfg.reference == "proposals" else cfg.num_queries  # of a group
+        Q = chosen[1].shape[1] // groups if cfg.reference == "proposals" else cfg.num_queries
         pos = reference = None
 
-        def learned(embedding):
-            return embedding.weight[:groups * cfg.num_queries].expand(B, -1, -1)
+        def learned(embedding):  # row i of a group belongs to its proposal of rank i
+            rows = embedding.weight[:groups * cfg.num_queries].unflatten(0, (groups, -1))[:, :Q]
+            return rows.flatten(0, 1).expand(B, -1, -1)
 
         # Where: the reference. (A point is made from its position, below.)
         if cfg.reference == "anchors":
             reference = learned(self.refpoint_embed).sigmoid()
         elif cfg.reference == "proposals":
-            reference = chosen[1].repeat(1, groups, 1)
+            reference = chosen[1]
+            if cfg.proposal_offsets:
+                reference = correct(learned(self.refpoint_embed), reference, cfg)
 
         # Position: learned, or made once from the proposals' boxes (x, y, w, h here, as published);
         # "split" holds content as well.
@@ -528,13 +557,13 @@ class Detector(nn.Module):
             reference = to_point(pos).sigmoid()
 
         # Content. With proposals, learned content is DINO's mixed query selection (section 3.4):
-        # boxes come from the encoder, content does not; row i belongs to the proposal of rank i.
+        # boxes come from the encoder, content does not.
         if cfg.content == "learned":
             content = self.mark(learned(self.tgt_embed), 0)
-            content = content.unflatten(1, (groups, -1))[:, :, :Q].flatten(1, 2)
         elif cfg.content == "memory":  # with fewer tokens than queries they are repeated
-            content = chosen[0][:, torch.arange(Q, device=chosen[0].device) % chosen[0].shape[1]]
-            content = content.repeat(1, groups, 1)
+            content = chosen[0].unflatten(1, (groups, -1))
+            rank = torch.arange(Q, device=content.device) % content.shape[2]
+            content = content[:, :, rank].flatten(1, 2)
         elif cfg.content == "label":  # DN-DETR: all alike, the embedding of "no label yet"
             content = self.mark(self.label_enc.weight[-1:], 0).expand(B, groups * Q, -1)
         elif cfg.content == "zero":
@@ -547,12 +576,14 @@ class Detector(nn.Module):
 
     # ----------------------------------------------------------------------- queries to boxes
 
-    def decode(self, memory, read, content, pos, reference, blocked=None, t=None, every_layer=True):
+    def decode(self, memory, read, content, pos, reference, blocked=None, t=None, groups=1,
+               every_layer=True):
         """One evaluation of the decoder.
 
         Args: read, what each layer's cross-attention reads of the memory; content, pos, reference
         as from `first_queries`; blocked [Q, Q], self-attention's mask, or None; t [B], diffusion
-        time, or None; every_layer, False: only the last layer answers (L is 1).
+        time, or None; groups of queries that do not see each other; every_layer, False: only the last
+        layer answers (L is 1).
 
         Returns logits [L, B, Q, C], boxes [L, B, Q, 4] and states [L, B, Q, d].
         """
@@ -569,14 +600,13 @@ class Detector(nn.Module):
                 valid = memory.valid.repeat(1, 1, reference.shape[-1] // 2)
                 around = reference[:, :, None] * valid[:, None]  # [B, Q, levels, 2 or 4]
                 place = around[:, :, 0]
-            if cfg.reference in BOXES and cfg.content != "split":  # DAB-DETR: MLP(sine(y, x, w, h))
+            if cfg.reference in BOXES and cfg.content != "split" and (cfg.refine or l == 0):
                 pos = sine(place[..., [1, 0, 2, 3]], cfg.d_model // 2, 10000).flatten(2)
-                pos = self.ref_point_head(pos)
+                pos = self.ref_point_head(pos)  # DAB-DETR: MLP(sine(y, x, w, h))
             if cfg.attention == "conditional":
                 around = self.positional_query(x, reference) * scale
-            elif cfg.query_scale:
-                pos = pos * scale
-            x = self.run(layer, x, pos, around, read[l], blocked, t)
+            scaled = pos * scale if cfg.query_scale and cfg.attention != "conditional" else pos
+            x = self.run(layer, x, scaled, around, read[l], blocked, t, groups)
             states.append(x)
             bases.append(base)
             if cfg.refine and l + 1 < len(self.decoder):
@@ -584,14 +614,14 @@ class Detector(nn.Module):
                 # no gradient flows through r. Look forward twice (DINO, section 3.5): layer l+1
                 # predicts from r_{l+1} undetached, so that its loss reaches f(o_l) too. Here x is
                 # without decoder_norm, in predictions it is with it (DAB-DETR).
-                corrected = correct(self.head(self.bbox_embed, l)(x), reference, cfg.logit_eps)
+                corrected = correct(self.head(self.bbox_embed, l)(x), reference, cfg)
                 reference = corrected.detach()
                 base = corrected if cfg.look_forward_twice else reference
         logits, boxes, first = [], [], 0 if every_layer else len(states) - 1
         states = [self.decoder_norm(x) for x in states[first:]]
         for l, (h, base) in enumerate(zip(states, bases[first:]), first):
             logits.append(self.head(self.class_embed, l)(h))
-            boxes.append(correct(self.head(self.bbox_embed, l)(h), base, cfg.logit_eps))
+            boxes.append(correct(self.head(self.bbox_embed, l)(h), base, cfg))
         return torch.stack(logits).to(memory.centres), torch.stack(boxes), torch.stack(states)
 
     def positional_query(self, x, reference):

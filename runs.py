@@ -131,9 +131,11 @@ def settle(given):
         row, recipe = variants.variant(options["variant"]), variants.recipe(options["variant"])
         if options["preset"] == "small":
             asked = row.but(**in_cfg)
-            changes = {k: v for k, v in variants.SMALL.items() if not variants.idle([k], asked)}
+            changes = {k: v for k, v in variants.small(asked).items()
+                       if not variants.idle([k], asked)}
             changes |= {"backbone": "resnet50"} if asked.dilation else {}  # a resnet18 cannot
-            recipe = recipe.but(**variants.TOY_RECIPE if toy else variants.SMALL_RECIPE)
+            recipe = recipe.but(**(variants.TOY_RECIPE if toy else variants.SMALL_RECIPE) | (
+                {} if recipe.max_size else {"max_size": 0}))  # squares stay squares
         if in_recipe.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"  # frozen random statistics learn nothing
     if options["overfit"]:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from scipy import optimize, special, stats
 from torch import nn
+from torch.nn import functional as F
 from torchvision.ops import box_convert
 
 import data
@@ -31,8 +32,8 @@ import diffusion
 import eval as evaluation
 import matcher
 import variants
-from model import DecoderLayer, build_model
-from tests.fixtures import HERE, SMALL, TRAINED, batch, error_of, small
+from model import DecoderLayer, build_model, correct
+from tests.fixtures import HERE, SMALL, TRAINED, VIT, batch, error_of, small
 
 PINNED = mock.patch.object
 LAWS = ("gaussian", "sigmoid_gaussian", "beta")
@@ -45,11 +46,21 @@ def test_variants_parameters_are_the_published_counts():
     published = {"detr": 41_524_768, "detr_dc5": 41_524_768, "deformable": 40_069_665,
                  "deformable_single": 34_066_593, "deformable_refine": 40_849_660,
                  "deformable_two_stage": 41_181_529, "dn": 47_429_154, "dino": 46_893_182,
-                 "conditional": 43_418_401, "dab": 43_671_517, "dn_dab": 43_694_977}
+                 "conditional": 43_418_401, "dab": 43_671_517, "dn_dab": 43_694_977,
+                 "lw_tiny": 12_052_002, "lw_medium": 28_237_378, "rf_nano": 30_467_298}
     for name, count in published.items():
         with torch.device("meta"):
             built = build_model(name)
         assert sum(p.numel() for p in built.parameters()) == count, name
+    for name, count in dict(lw_tiny=9_072_366, lw_medium=24_633_742, rf_nano=26_863_662).items():
+        with torch.device("meta"):
+            built = build_model(name, query_groups=1)
+        assert sum(p.numel() for p in built.parameters()) == count, name
+    for name, millions in dict(lw_small=14.6, lw_large=46.8, lw_xlarge=118.0, rf_small=32.1,
+                               rf_medium=33.7, rf_large=33.9).items():  # published so
+        with torch.device("meta"):
+            built = build_model(name)
+        assert round(sum(p.numel() for p in built.parameters()) / 1e6, 1) == millions, name
     for stages, fixed in (("layer1", 222_400), ("stem", 9_408), ("none", 0)):
         with torch.device("meta"):
             built = build_model("dab", frozen_stages=stages)
@@ -61,6 +72,10 @@ def test_variants_contradictions_say_what_to_write():
     for row, changes, word in [
             ("detr", dict(attention="deformabel"), "choose one of"),
             ("detr", dict(levels=2), "1, 3"), ("detr", dict(levels=4), "levels=1"),
+            ("lw_tiny", dict(levels=4), "1, 2 or 3"), ("lw_tiny", dict(taps="1 6"), "vit_depth=6"),
+            ("lw_tiny", dict(taps=""), "rising"), ("lw_tiny", dict(vit_heads=7), "vit_heads=7"),
+            ("lw_tiny", dict(cross_heads=7), "divide d_model"),
+            ("detr", dict(box_codec="relative"), "reference=anchors"),
             ("detr", dict(heads=7), "heads"), ("detr", dict(heads=2.5), "whole"),
             ("detr", dict(attention="conditional"), "reference=points"),
             ("conditional", dict(size_modulation=True), "reference=anchors"),
@@ -450,7 +465,13 @@ def test_model_every_row():
             ("dn", dict(content="label")), ("dab", dict(query_groups=2)),
             ("dino", dict(class_loss="vfl", denoising="dn")), ("dino", dict(encoder_layers=0)),
             ("dino", dict(refine=False, look_forward_twice=False)),
-            ("dn", dict(two_stage=True, content="zero", denoising="none"))]:
+            ("dn", dict(two_stage=True, content="zero", denoising="none")),
+            ("lw_tiny", dict(levels=3, encoder_layers=1)), ("lw_tiny", dict(denoising="cdn")),
+            ("lw_tiny", dict(content="memory", refine=True, look_forward_twice=True)),
+            ("rf_nano", dict(proposal_loss="all", proposal_score="first", copies=2)),
+            ("detr", VIT | dict(backbone="vit")), ("dino", dict(group_proposals=True)),
+            ("dino", dict(group_proposals=True, query_groups=2, proposal_offsets=True)),
+            ("dab", dict(box_codec="relative", cross_heads=4)), ("diffu_lw", dict(refine=True))]:
         built = small(name, **changes)
         for check in checks:
             try:
@@ -462,8 +483,9 @@ def test_model_every_row():
 def test_model_query_groups():
     """Group DETR: groups do not see each other, inference uses the first, losses are their mean."""
     args = batch(dtype=torch.float64)
-    for name in ("detr", "deformable", "dn", "dino"):
-        built = small(name, query_groups=3, backbone_norm="frozen", box_noise=0.0).double()
+    for name in ("detr", "deformable", "dn", "dino", "lw_tiny"):
+        built = small(name, query_groups=3, box_noise=0.0, backbone_norm="frozen",
+                      projector_norm="layer").double()
         criterion = matcher.Criterion(built.cfg)
         outputs, _, losses = losses_of(built, *args)
         assert outputs["logits"].shape[2] == 60 and outputs["query_groups"] == 3
@@ -479,6 +501,45 @@ def test_model_query_groups():
         assert (outputs["logits"] - after["logits"])[:, :, 40:].abs().max() > 1e-3, name
         boxes = built.eval()(*args[:2])["boxes"]
         assert torch.allclose(boxes, outputs["boxes"][:, :, :20], atol=1e-9), name
+
+
+def test_model_relative_boxes():
+    """LW-DETR's codec by hand; noise may be an empty box, which must be able to grow."""
+    delta, cfg = torch.tensor([0.5, -1.0, 0.0, math.log(2)]), variants.lw_tiny
+    box = torch.tensor([0.5, 0.5, 0.2, 0.1])
+    assert torch.allclose(correct(delta, box, cfg), torch.tensor([0.6, 0.4, 0.2, 0.2]))
+    assert torch.equal(correct(delta, box * 0, cfg), box * 0)
+    assert (correct(delta, box * 0, variants.diffu_lw)[2:] > 0.005).all()
+
+
+def test_model_drop_path():
+    """Later blocks are skipped more often, in training alone, whole windows at a time."""
+    built = small("lw_tiny", drop_path=0.6).train()
+    assert np.allclose([b.drop_path.p for b in built.backbone.blocks], [0, 0.2, 0.4, 0.6])
+    block, x = built.backbone.blocks[3], torch.randn(64, 5, 48)
+    same = (block(x) == x).flatten(1).all(1)
+    assert 5 < same.sum() < 50 and not (block.eval()(x) == x).flatten(1).all(1).any()
+
+
+def test_model_pads_to_whole_windows():
+    """Sides that no window divides: more padding, and the boxes are still the image's own."""
+    built, (images, mask, _) = small("rf_nano").eval(), batch()
+    images, mask, more = images[:, :, :90, :50], mask[:, :90, :50], (0, 14, 0, 6)  # to 64 x 96
+    with torch.no_grad():
+        padded = built(F.pad(images, more), F.pad(mask, more, value=True))["boxes"]
+        assert torch.equal(built(images, mask)["boxes"], padded)
+
+
+def test_model_compiles_and_exports():
+    """The inference form, without a break in the graph, gives what it gives uncompiled."""
+    for name in ("lw_tiny", "lw_large", "rf_nano", "dino"):
+        built, (images, mask, _) = small(name).eval(), batch(size=64)
+        with torch.no_grad():
+            want = built(images, mask)["boxes"]
+            ways = (torch.compile(built, backend="aot_eager", fullgraph=True),
+                    torch.export.export(built, (images, mask)).module())
+            for way in ways:
+                assert torch.allclose(way(images, mask)["boxes"], want, atol=1e-5), name
 
 
 def test_model_time_is_added_between_self_attention_and_cross_attention():

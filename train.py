@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -43,7 +44,8 @@ class Run:
         # Data. Labels count its categories; a checkpoint's are kept where it knows all of them.
         sizes, known = (recipe.image_size, recipe.max_size), options.get("known") or {}
         plain = data.eval_transform(*sizes)
-        augment = plain if options["overfit"] else data.train_transform(*sizes, crop=recipe.crop)
+        augment = plain if options["overfit"] else data.train_transform(
+            *sizes, crop=recipe.crop, several=recipe.sizes == "image")
         opened = partial(data.open_data, options["data"], options["data_root"], image_size=sizes[0],
                          annotations=options["annotations"], seed=options["seed"],
                          share=None if options["overfit"] else options["val_share"])
@@ -235,6 +237,8 @@ def update(run, batch):
     if run.average:
         # The decay rises: early, 0.999 would mostly keep the initial weights.
         decay = min(run.recipe.ema, (1 + run.step) / (10 + run.step))
+        if run.recipe.ema_tau:
+            decay = run.recipe.ema * (1 - math.exp(-(1 + run.step) / run.recipe.ema_tau))
         run.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
         run.average.update_parameters(run.model)
     return losses | {"grad_norm": norm if math.isfinite(norm) else 0.0}
@@ -248,9 +252,10 @@ def forward_backward(run, batch):
     sums, to = {}, dict(device=run.device, non_blocking=True)
     for i, (images, mask, targets) in enumerate(batch, 1):
         targets = [{k: t[k].to(**to) for k in ("labels", "boxes")} for t in targets]
+        images, mask = resampled(run, images.to(**to), mask.to(**to))
         run.parallel.require_backward_grad_sync = i == len(batch)  # the last brings the sum to all
         with run.autocast():
-            outputs = run.parallel(images.to(**to), mask.to(**to), targets)
+            outputs = run.parallel(images, mask, targets)
         total, losses = run.criterion(outputs, targets, counts)
         run.scaler.scale(total * runs.world()).backward()  # DistributedDataParallel takes the mean
         for name, value in {"loss": total, **matcher.named(losses)}.items():
@@ -258,18 +263,40 @@ def forward_backward(run, batch):
     return sums
 
 
+def resampled(run, images, mask):
+    """RF-DETR's sizes: one a batch, up to five of its windows' patches more or less a side."""
+    recipe = run.recipe
+    if recipe.sizes != "batch" or not recipe.crop:
+        return images, mask
+    steps = torch.randint(-5, 6, ()).item()
+    side = max(1, recipe.image_size // run.model.backbone.divisor + steps)
+    size = (side * run.model.backbone.divisor,) * 2
+    images = F.interpolate(images, size, mode="bilinear")
+    return images, F.interpolate(mask[:, None].float(), size)[:, 0].bool()
+
+
 def parameter_groups(model, recipe):
-    """AdamW's groups: backbone and sampling points have their own rates (Deformable DETR, 5)."""
+    """AdamW's groups: backbone and sampling points have their own rates (Deformable DETR, 5). Of a
+    ViT, a block's rate falls with every block above it, and vectors and places do not decay."""
     kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d)
     norms = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
-    groups = {}  # by role, not by rate: a resumed run may have another rate
-    for name, p in model.named_parameters():
-        backbone, norm = name.startswith("backbone."), p in norms
+    vit, groups = getattr(model.backbone, "taps", None), {}  # by role, not by rate: a resumed run
+    for name, p in model.named_parameters():  # may have another rate
+        part, inner, block, *_ = [*name.split("."), "", ""]
+        backbone, norm, above = part == "backbone", p in norms, 0
         points = "sampling_offsets" in name or "reference_points" in name
         rate = recipe.lr_backbone if backbone else recipe.lr * (recipe.lr_points if points else 1)
-        decay = recipe.weight_decay * (recipe.decay_norms or not norm)
+        decoder = recipe.lr_component_decay < 1 and part in ("decoder", "decoder_norm",
+                                                             "ref_point_head")
+        if backbone and vit and inner != "norm":  # the embeddings are below all blocks;
+            count = vit[-1] + 1 + model.backbone.dino  # RF-DETR's code counts one block more
+            above = count - int(block) if inner == "blocks" else count + 1
+            norm = norm or p.dim() == 1 or inner in ("pos_embed", "cls_token")
+        decay = recipe.weight_decay * (not norm or recipe.decay_norms and not (backbone and vit))
+        rate *= recipe.lr_layer_decay ** above * recipe.lr_component_decay ** (
+            2 * backbone + decoder)
         if p.requires_grad:
-            groups.setdefault((backbone, points, norm), {
+            groups.setdefault((backbone, points, norm, above, decoder), {
                 "params": [], "lr": rate, "weight_decay": decay})["params"].append(p)
     return [*groups.values()]
 

@@ -7,7 +7,7 @@ one line. Read the fields of `Config` first, then the table at the end.
 
 Papers: DETR (Carion 2020), Conditional DETR (Meng 2021), DAB-DETR (Liu 2022), Deformable DETR (Zhu
 2021), DN-DETR (Li 2022), DINO (Zhang 2023), Align-DETR (Cai 2023), Group DETR (Chen 2023:
-query_groups), DiffuDETR (ICLR 2026).
+query_groups), LW-DETR (Chen 2024), RF-DETR (Robinson 2025), DiffuDETR (ICLR 2026).
 """
 from dataclasses import dataclass, field, fields, replace
 
@@ -51,6 +51,8 @@ def changed(table, **changes):
 
 
 BOXES = ("anchors", "proposals", "noise")  # references that are 4-D boxes from the first layer on
+RESNETS, VITS = ("resnet18", "resnet34", "resnet50", "resnet101"), ("vit", "dinov2")
+RESNET, VIT = {"backbone": RESNETS}, {"backbone": VITS}
 REFERS = {"reference": ("points", *BOXES)}
 PROPOSES, NOISE = {"two_stage": (True,)}, {"reference": ("noise",)}
 DEFORMABLE, DENOISES = {"attention": ("deformable",)}, {"denoising": ("dn", "cdn")}
@@ -70,17 +72,33 @@ class Config:
     decoder_layers: int = option(6, "decoder layers L; each predicts and is supervised")
     dropout: float = option(0.1, "dropout in the transformer", high=0.99)
     # ---- what sees the image
-    backbone: str = option("resnet50", "torchvision's ResNet",
-                           "resnet18", "resnet34", "resnet50", "resnet101")
-    dilation: bool = option(False, "DC5: the last stage keeps stride 16 and dilates its kernels")
+    backbone: str = option("resnet50", "torchvision's ResNet; a plain ViT (LW-DETR), or DINOv2's "
+                           "(RF-DETR)", *RESNETS, *VITS)
+    dilation: bool = option(False, "DC5: the last stage keeps stride 16 and dilates its kernels",
+                            when=RESNET)
     backbone_norm: str = option("frozen", "frozen, as published; batch: trainable, for scratch",
-                                "frozen", "batch")
+                                "frozen", "batch", when=RESNET)
     frozen_stages: str = option(
         "layer1", "what pretraining has learned once and for all: the stem and layer1 (DETR), the "
         "stem alone (Align-DETR), or none of it (DiffuDINO)", "layer1", "stem", "none",
-        when={"backbone_norm": ("frozen",)})
+        when=RESNET | {"backbone_norm": ("frozen",)})
+    vit_width: int = option(192, "channels of the ViT", when=VIT)
+    vit_heads: int = option(12, "its attention heads", when=VIT)
+    vit_depth: int = option(6, "its blocks", when=VIT)
+    patch: int = option(16, "side of a token's patch in pixels", when=VIT)
+    grid: int = option(14, "tokens a side that have learned positions; resized for others",
+                       when=VIT)
+    windows: int = option(4, "windows a side, into which most blocks look one by one", when=VIT)
+    global_blocks: str = option("1 3 5", "blocks, from 0, that look at all windows", when=VIT)
+    taps: str = option("1 3 5", "blocks whose outputs are read", when=VIT)
+    drop_path: float = option(0.0, "chance to skip the last block's sublayers in training, per "
+                              "window; less in earlier ones", high=0.99, when=VIT)
+    projector_norm: str = option("batch", "norm of the convolutions that read a ViT: of the batch "
+                                 "(LW-DETR) or of a pixel's channels (RF-DETR)", "batch", "layer",
+                                 when=VIT)
     levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 and 5 add 3x3 stride-2 "
-                         "convolutions", 1, 3, 4, 5)
+                         "convolutions; of a ViT 1 = its stride, 2 = half and twice, 3 = all three",
+                         1, 2, 3, 4, 5)
     pos_temperature: float = option(10000.0, "T of the image's sine position encoding", low=1)
     pos_offset: float = option(0.0, "added to the cells' count (-0.5: their centres)", low=-1)
     activation: str = option("relu", "of the feed-forward blocks (prelu: DAB-DETR)",
@@ -92,6 +110,8 @@ class Config:
         "dense", "how queries look at it: dense: at all tokens, content and position summed; "
         "conditional: concatenated per head (Conditional DETR); deformable: at a few points",
         "dense", "conditional", "deformable")
+    cross_heads: int = option(0, "heads of the decoder's attention to the image (0: as --heads)",
+                              low=0)
     points: int = option(4, "sampling points P per head and level", when=DEFORMABLE)
     # ---- where a query starts
     reference: str = option(
@@ -99,6 +119,10 @@ class Config:
         "(DAB, DN), the encoder's proposals (two-stage, DINO), or noise (DiffuDETR)",
         "none", "points", *BOXES)
     two_stage: bool = option(False, "the encoder proposes boxes and is supervised")
+    group_proposals: bool = option(False, "each query group has its own head for proposals "
+                                   "(LW-DETR)", when=PROPOSES)
+    proposal_offsets: bool = option(False, "queries correct their proposals by learned offsets, "
+                                    "all images alike (LW-DETR)", when={"reference": ("proposals",)})
     content: str = option(
         "zero", "zero (DETR), split (Deformable: half of the position's vector), learned (DINO's "
         "mixed query selection), label (DN-DETR: the embedding of no label) or memory (the best "
@@ -111,6 +135,9 @@ class Config:
                                "DETR, LW-DETR); inference uses the first")
     # ---- how boxes improve from layer to layer
     refine: bool = option(False, "each layer starts from the previous layer's boxes")
+    box_codec: str = option(
+        "logit", "what a box head says: logit: the change of the reference's inverse sigmoid; "
+        "relative: shifts and log scales in its width and height (LW-DETR)", "logit", "relative")
     look_forward_twice: bool = option(False, "a layer's loss also reaches the previous layer's box")
     shared_heads: bool = option(True, "one class and box head for all layers, or one each")
     decoder_norm: bool = option(True, "LayerNorm on every layer's output before the heads")
@@ -169,12 +196,23 @@ class Config:
 
     def __post_init__(self):
         check(self)
-        deformable = self.attention == "deformable"
+        deformable, vit = self.attention == "deformable", self.backbone in VITS
+        taps = self.taps.split()
         boxes = self.reference in BOXES and self.content != "split"  # positions are made of boxes
         for bad, message in [
             (self.d_model % (32 if deformable else 4) or self.d_model % self.heads,
              f"d_model={self.d_model}: it must be divisible by heads={self.heads}, by 4 for the "
              "sine encoding and, with deformable attention, by 32 for the neck's GroupNorm"),
+            (self.d_model % (self.cross_heads or 1), f"cross_heads={self.cross_heads}: it must "
+             f"divide d_model={self.d_model}"),
+            (self.levels > 3 if vit else self.levels == 2, f"levels={self.levels} is not for "
+             f"backbone={self.backbone}: choose 1, " + ("2 or 3" if vit else "3, 4 or 5")),
+            (vit and self.vit_width % self.vit_heads, f"vit_width={self.vit_width}: it must be "
+             f"divisible by vit_heads={self.vit_heads}"),
+            (vit and (not taps or taps != [str(n) for n in range(self.vit_depth) if str(n) in taps]),
+             f"taps={self.taps!r}: write rising numbers below vit_depth={self.vit_depth}"),
+            (self.box_codec == "relative" and self.reference not in BOXES, "box_codec=relative "
+             "counts in references' sizes: write reference=anchors, proposals or noise"),
             (self.levels > 1 and not deformable,
              "dense attention reads one feature level: write levels=1 or attention=deformable"),
             (self.attention != "dense" and self.reference == "none", f"attention={self.attention} "
@@ -224,16 +262,24 @@ class Recipe:
     lr_backbone: float = option(1e-5, "learning rate of the backbone")
     lr_points: float = option(1.0, "factor on the rate of sampling_offsets and reference_points "
                               "(Deformable: 0.1)", when=DEFORMABLE)
+    lr_layer_decay: float = option(1.0, "factor on the rate of a ViT's block for each block above "
+                                   "it", high=1, when=VIT)
+    lr_component_decay: float = option(1.0, "factor on the decoder's rate; squared, on the "
+                                       "backbone's (LW-DETR)", high=1)
     lr_drop: float = option(0.8, "multiply the rate by 0.1 after this share of the run", high=1)
     warmup: int = option(0, "steps in which the rate rises, a tenth of the run at most", low=0)
     weight_decay: float = option(1e-4, "AdamW's decay")
     decay_norms: bool = option(True, "apply the decay to normalisation layers too")
     clip_norm: float = option(0.1, "clip the gradient's norm (0: do not)")
     ema: float = option(0.0, "decay of an average of the weights, to be evaluated", high=0.99999)
+    ema_tau: int = option(0, "it rises as 1 - exp(-step / tau) (RF-DETR); 0: as (1 + step) / (10 + "
+                             "step)", low=0)
     batch_size: int = option(16, "images a step, of all processes together")
     micro_batch: int = option(2, "images per forward pass of a process; gradients are added up")
     image_size: int = option(800, "short side in pixels")
-    max_size: int = option(1333, "long side at most")
+    max_size: int = option(1333, "long side at most; 0: images are squashed to squares", low=0)
+    sizes: str = option("image", "sizes in training are drawn per image, or per batch (RF-DETR, of "
+                        "squares)", "image", "batch")
     repeat_rare: float = option(0.0, "repeat images of classes that are in fewer than this share "
                                 "of them (LVIS: 0.001)", high=1)
     crop: bool = option(True, "DETR's random sizes and crops; off: flips only")
@@ -313,6 +359,29 @@ align_published = align.but(
     num_classes=80, shared_heads=False, frozen_stages="stem", copies_rule="published",
     no_label_row=False, pos_offset=-0.5, pos_temperature=10000.0)
 
+# LW-DETR: a plain ViT in place of ResNet and encoder, 13 query groups, each with its own proposals,
+# which learned offsets correct once; boxes in units of their reference. Chen 2024.
+lw_tiny = deformable.but(
+    backbone="vit", levels=1, encoder_layers=0, decoder_layers=3, ffn=2048, dropout=0.0, points=2,
+    cross_heads=16, reference="proposals", two_stage=True, group_proposals=True,
+    proposal_offsets=True, content="learned", query_groups=13, box_codec="relative",
+    decoder_norm=True, class_loss="ia", weight_class=1.0, num_queries=100)
+lw_small = lw_tiny.but(vit_depth=10, global_blocks="2 4 5 8", taps="2 4 5 9", num_queries=300,
+                       detections=300)
+lw_medium = lw_small.but(vit_width=384)
+lw_large = lw_medium.but(levels=2, d_model=384, heads=12, cross_heads=24, points=4, drop_path=0.1)
+lw_xlarge = lw_large.but(vit_width=768)
+
+# RF-DETR: LW-DETR on DINOv2. Robinson 2025.
+rf_nano = lw_medium.but(
+    backbone="dinov2", vit_heads=6, vit_depth=12, windows=2, grid=24, global_blocks="3 6 9",
+    taps="2 5 8 11", projector_norm="layer", decoder_layers=2)
+rf_small = rf_nano.but(grid=32, decoder_layers=3)
+rf_medium = rf_nano.but(grid=36, decoder_layers=4)
+rf_large = rf_medium.but(grid=44)
+rf_base = rf_nano.but(patch=14, grid=37, windows=4, global_blocks="2 5 8 11", taps="1 4 7 10",
+                      decoder_layers=3)
+
 # DiffuDETR: the reference boxes are a diffusion variable, denoised in a few decoder evaluations.
 # ICLR 2026.
 diffu = deformable_two_stage.but(reference="noise", content="learned")
@@ -322,6 +391,7 @@ diffu_dino_published = diffu_dino.but(  # the code of the authors' checkpoints
     num_classes=80, content="memory", time="scale_shift", sampler="published", class_loss="vfl",
     weight_class=2.0, shared_heads=False, proposal_labels="binary", dn_queries=300,
     frozen_stages="none", pos_offset=-0.5, pos_temperature=10000.0)
+diffu_lw = lw_tiny.but(reference="noise")
 diffu_align = align.but(reference="noise")
 diffu_align_published = diffu_dino_published.but(
     class_loss="ia", copies=2, copies_rule="published", proposal_labels="true", weight_class=1.0,
@@ -334,10 +404,20 @@ _detr = Recipe(epochs=500, batch_size=64)
 _deformable = Recipe(lr=2e-4, lr_backbone=2e-5, lr_points=0.1, batch_size=32)
 _diffu = Recipe(decay_norms=False, ema=0.999)
 _align = Recipe(epochs=24, lr_drop=20 / 24, decay_norms=False)
+_lw = Recipe(epochs=60, lr_backbone=1.5e-4, lr_layer_decay=0.8, lr_component_decay=0.7, lr_drop=1.0,
+             ema=0.9997, batch_size=32, image_size=640, max_size=0)
+_rf = _lw.but(epochs=100, batch_size=16, ema=0.993, ema_tau=100, sizes="batch")
 RECIPES = {
     "detr": _detr, "detr_dc5": _detr,
     **{name: _deformable for name in VARIANTS if name.startswith("deformable")},
     "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": _align, "align_published": _align,
+    "lw_tiny": _lw, "lw_small": _lw, "diffu_lw": _lw,
+    "lw_medium": _lw.but(batch_size=16, lr_layer_decay=0.7),
+    "lw_large": _lw.but(batch_size=16, lr_layer_decay=0.7, lr_component_decay=0.5),
+    "lw_xlarge": _lw.but(batch_size=16, lr_layer_decay=0.75, lr_component_decay=0.5,
+                         weight_decay=1e-3),
+    **{f"rf_{size}": _rf.but(image_size=side) for size, side in dict(
+        nano=384, small=512, medium=576, large=704, base=560).items()},
     "diffu_align": _align.but(ema=0.999), "diffu_align_published": _align.but(ema=0.999),
 }
 
@@ -350,6 +430,8 @@ def recipe(name):
 # Defaults for data that is not COCO: a model that learns from scratch on two CPU cores in minutes.
 SMALL = dict(backbone="resnet18", d_model=128, ffn=512, encoder_layers=2, decoder_layers=3,
              num_queries=60, dropout=0.0, dn_queries=20, detections=100)
+SMALL_VIT = dict(vit_width=192, vit_heads=6, patch=8, windows=2, grid=16, d_model=192, heads=8,
+                 cross_heads=8, query_groups=5)
 SMALL_RECIPE = dict(epochs=50, lr=5e-4, lr_backbone=5e-4, lr_points=0.3, lr_drop=0.8, warmup=100,
                     decay_norms=False, ema=0.999, batch_size=16, micro_batch=16, image_size=320,
                     max_size=533, eval_every=5)
@@ -359,6 +441,12 @@ TOY_RECIPE = SMALL_RECIPE | dict(epochs=8, image_size=128, max_size=128, crop=Fa
 FINE_TUNE_RECIPE = dict(epochs=12, steps=0, batch_size=16, warmup=100, lr_drop=0.8,
                         backbone_weights="none")
 OVERFIT_RECIPE = dict(steps=500, warmup=50, eval_every=100)
+
+
+def small(row):
+    """The fields that make a row small, whatever its backbone."""
+    vit = SMALL_VIT | {"backbone": row.backbone} if row.backbone in VITS else {}
+    return SMALL | {"encoder_layers": min(2, row.encoder_layers)} | vit
 
 
 def variant(name, **overrides):

@@ -41,6 +41,20 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.ffns\.0\.layers\.1\.", ".linear2."),
     (r"\.norms\.(\d)\.", lambda m: f".norm{1 + int(m[1])}."),
     (r"\.time_step_embeds\.(\d)\.emb_layers\.", r".time.\1."),
+    # LW-DETR's and RF-DETR's
+    (r"^backbone\.0\.projector\.", "input_proj."),
+    (r"^backbone\.0\.(encoder\.)+(embeddings\.)?", "backbone."),
+    (r"^(backbone\.patch_embed)\w*\.proj\w*\.", r"\1."),
+    (r"^backbone\.position_embeddings$", "backbone.pos_embed"),
+    (r"^backbone\.layer\.", "backbone.blocks."),
+    (r"^backbone\.layernorm\.", "backbone.norm."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"),
+    (r"\.mlp\.fc(\d)\.", lambda m: f".mlp.{2 * int(m[1]) - 2}."),
+    (r"^(input_proj\.stages.*)\.conv\.", r"\1.0."),
+    (r"^(input_proj\.stages.*)\.bn\.", r"\1.1."),
+    (r"^query_feat\.", "tgt_embed."),
     # everyone's
     (r"^backbone\.0\.body\.", "backbone."),
     (r"^input_proj\.(weight|bias)$", r"input_proj.0.\1"),  # DETR's only level
@@ -62,7 +76,11 @@ IGNORED = re.compile(r"(total_params|total_ops|num_batches_tracked)$|^betas$|^po
                      r"alphas_cumprod(_prev)?$")
 
 # What a model is, by our names of its tensors ("-": it lacks this one); the first row that fits.
+# Of several the one from which the file differs in the fewest fields.
 SIGNS = [(tuple(names.split()), variant) for names, variant in [
+    ("backbone.pos_embed time_embed.0.weight", "diffu_lw"),
+    ("backbone.cls_token", "rf_nano rf_small rf_medium rf_large rf_base"),
+    ("backbone.pos_embed", "lw_tiny lw_small lw_medium lw_large lw_xlarge"),
     ("decoder.0.self_attn.qpos.weight time_embed.0.weight", "diffu_dab"),
     ("decoder.0.self_attn.qpos.weight label_enc.weight", "dn_dab"),
     ("decoder.0.self_attn.qpos.weight refpoint_embed.weight", "dab"),
@@ -79,7 +97,7 @@ SIGNS = [(tuple(names.split()), variant) for names, variant in [
     ("input_proj.0.weight", "detr"),
 ]]
 # Parts of published names of the family's members that have no variant here yet.
-FOREIGN = re.compile(r"mask_head\.|patch_embed|patterns")
+FOREIGN = re.compile(r"mask_head\.|segmentation_head|^backbone\.0\.patch_embed|patterns")
 # ResNets by the number of blocks in layer3, and of convolutions in a block.
 RESNETS = {(2, 2): "resnet18", (6, 2): "resnet34", (6, 3): "resnet50", (23, 3): "resnet101"}
 
@@ -98,7 +116,8 @@ def own_names(keys, cfg=None):
     refined = any(k.startswith("transformer.decoder.bbox_embed.") for k in keys)
     one_head = not refined or (cfg is not None and cfg.shared_heads)
     # Deformable DETR's decoder counts the norm after cross-attention, its second part, as norm1.
-    swapped = any(k.endswith("decoder.layers.0.cross_attn.sampling_offsets.weight") for k in keys)
+    swapped = "query_feat.weight" not in keys and any(  # LW-DETR's as norm2
+        k.endswith("decoder.layers.0.cross_attn.sampling_offsets.weight") for k in keys)
     names = {}
     for key in keys:
         name = key
@@ -201,15 +220,16 @@ def detect(state, name=""):
             variant, variant.replace("diffu_dino", "diffu_align"))
     elif dilated and variant == "detr":
         variant = "detr_dc5"
-    row = variants.VARIANTS[variant]
+    row = variants.VARIANTS[variant.split()[0]]
 
-    def size(*names):
-        return next((shape[n][0] for n in names if n in shape), None)
+    def size(*names, side=0):
+        return next((shape[n][side] for n in names if n in shape), None)
 
     def count(pattern):
         return len({m[1] for m in map(re.compile(pattern).match, shape) if m})
 
-    levels, outputs = size("level_embed") or 1, size("class_embed.0.weight")
+    levels = count(r"input_proj\.(?:stages\.)?(\d+)\.")
+    outputs, groups = size("class_embed.0.weight"), count(r"enc_output\.(\d+)\.")
     offsets = size("decoder.0.cross_attn.sampling_offsets.weight")
     found = dict(
         num_classes=outputs and outputs - (row.class_loss == "ce"),
@@ -217,16 +237,32 @@ def detect(state, name=""):
         d_model=size("decoder.0.linear2.weight"), ffn=size("decoder.0.linear1.weight"),
         encoder_layers=count(r"encoder\.(\d+)\."), decoder_layers=count(r"decoder\.(\d+)\."),
         dilation=dilated or None, levels=levels,
-        points=offsets and offsets // (row.heads * levels * 2),
         backbone=RESNETS.get((count(r"backbone\.layer3\.(\d+)\."),
                               count(r"backbone\.layer1\.0\.conv(\d)\."))))
+    if groups:  # LW-DETR
+        found |= dict(num_queries=found["num_queries"] // groups, query_groups=groups)
+    if grid := size("backbone.pos_embed", side=1):
+        found |= dict(vit_width=size("backbone.pos_embed", side=2), grid=round((grid - 1) ** 0.5),
+                      vit_depth=count(r"backbone\.blocks\.(\d+)\."),
+                      patch=size("backbone.patch_embed.weight", side=2))
+    if "query_feat.weight" in state:  # the heads of its members are always so wide
+        found |= dict(heads=found["d_model"] // 32, cross_heads=found["d_model"] // 16)
+        if "backbone.cls_token" in shape:
+            found["vit_heads"] = found["vit_width"] // 64
     if detrex:  # DINO as detrex has it
         found |= dict(shared_heads=False, pos_offset=-0.5, pos_temperature=10000.0)
     if "backbone.bn1.weight" in state:  # our names tell more
         found["shared_heads"] = "bbox_embed.1.0.weight" not in shape
         batch = "backbone.bn1.num_batches_tracked" in state
         found["backbone_norm"] = "batch" if batch else "frozen"
-    return variant, {k: v for k, v in found.items() if v is not None and v != getattr(row, k)}
+
+    def compared(name):
+        row = variants.VARIANTS[name]
+        heads = found.get("cross_heads") or row.cross_heads or row.heads
+        whole = found | {"points": offsets and offsets // (heads * levels * 2)}
+        return name, {k: v for k, v in whole.items() if v is not None and v != getattr(row, k)}
+
+    return min(map(compared, variant.split()), key=lambda pair: len(pair[1]))
 
 
 def identify(checkpoint, label):
@@ -311,10 +347,14 @@ def load_backbone(model, which):
     rate was found); "none", random; or a path to a state dict of torchvision or any detector.
     """
     if which == "none":
-        if model.cfg.backbone_norm == "frozen":
+        if model.cfg.backbone not in variants.VITS and model.cfg.backbone_norm == "frozen":
             raise WeightsError("a backbone without weights cannot learn under frozen batch norm: "
                                "write --backbone-norm batch, or --backbone-weights default or PATH")
         return
+    if which == "default" and model.cfg.backbone in variants.VITS:
+        raise WeightsError("torchvision has no weights for this ViT: start from a published detector"
+                           " (--weights PATH, or --backbone-weights PATH for its ViT alone), or "
+                           "from nothing (--backbone-weights none)")
     if which == "default":
         weights = get_model_weights(model.cfg.backbone)["IMAGENET1K_V1"]
         label = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
@@ -332,7 +372,8 @@ def load_backbone(model, which):
         checkpoint, label = opened(which)
         state = state_of(checkpoint, label)
     names = own_names(state)
-    part = "backbone." if "backbone.conv1.weight" in names.values() else ""  # of a whole detector
+    part = "backbone."  # of a whole detector
+    part = part if any(name.startswith(part) for name in names.values()) else ""
     names = {k: name.removeprefix(part) for k, name in names.items()
              if name.startswith(part) and not name.startswith("fc.")}  # ImageNet's classifier
     put(model.backbone, state, names, label, lambda: f"See --backbone: it is {model.cfg.backbone}")

@@ -13,9 +13,22 @@ import weights
 from model import build_model
 
 HERE = Path(__file__).parent.parent
-SMALL = variants.SMALL | dict(backbone_norm="batch", num_classes=5, num_queries=20,
-                              decoder_layers=2, encoder_layers=1)
-TRAINED = [name for name in variants.VARIANTS if name != "detr_dc5"]  # which needs bottlenecks
+TINY = dict(backbone_norm="batch", num_classes=5, num_queries=20, decoder_layers=2)
+SMALL = variants.SMALL | TINY | dict(encoder_layers=1)
+VIT = variants.SMALL_VIT | dict(vit_width=48, vit_heads=4, vit_depth=4, taps="1 3", drop_path=0.0,
+                                global_blocks="1 3", d_model=96, query_groups=3)
+
+
+def shrunk(name):
+    """The fields that make a variant small."""
+    row = variants.VARIANTS[name]
+    return variants.small(row) | TINY | dict(encoder_layers=min(1, row.encoder_layers)) | (
+        VIT if row.backbone in variants.VITS else {})
+
+
+# Rows that differ when they are small, each once; but detr_dc5 needs bottlenecks.
+TRAINED = [*{variants.variant(name, **shrunk(name)): name for name in reversed(variants.VARIANTS)
+             if name != "detr_dc5"}.values()][::-1]
 
 # Options of train.py that make a run of seconds.
 TINY_RUN = """--image-size 64 --max-size 64 --queries 10 --d-model 64 --ffn 64 --heads 4
@@ -25,7 +38,7 @@ TINY_RUN = """--image-size 64 --max-size 64 --queries 10 --d-model 64 --ffn 64 -
 def small(name, **overrides):
     """A small model of a variant, with weights that depend on the seed alone."""
     torch.manual_seed(0)
-    return build_model(name, **SMALL | overrides)
+    return build_model(name, **shrunk(name) | overrides)
 
 
 def batch(counts=(3, 1), size=96, dtype=torch.float32):

@@ -82,6 +82,18 @@ def test_data_pixels():
         assert torch.equal(data.normalised(TF.pil_to_tensor(resized)), theirs)
 
 
+def test_data_squares():
+    """LW-DETR's sizes, RF-DETR's one; evaluation's; boxes are stretched as the image is."""
+    image, boxes = Image.new("RGB", (640, 426)), np.float32([[0, 0, 320, 213]])
+    for several, sizes in ((True, {*range(448, 897, 64)}), (False, {640})):
+        transform = data.train_transform(640, 0, several=several)
+        seen = [transform(image, boxes, np.arange(1), random.Random(seed))[0].size
+                for seed in range(60)]
+        assert {size for pair in seen for size in pair} == sizes and all(w == h for w, h in seen)
+    square, moved, _ = data.eval_transform(384, 0)(image, boxes, np.arange(1), None)
+    assert square.size == (384, 384) and np.allclose(moved, [[0, 0, 192, 192]])
+
+
 def test_data_boxes_follow_pixels():
     """Every coloured block is found where its box went; a dropped box no longer shows."""
     image, lost = Image.new("RGB", (400, 300)), 0
@@ -89,7 +101,7 @@ def test_data_boxes_follow_pixels():
     for box, colour in zip(boxes.astype(int).tolist(), ("#f00", "#0f0", "#00f")):
         image.paste(colour, tuple(box))
     for seed in range(60):
-        transform, rng = data.train_transform(160), random.Random(seed)
+        transform, rng = data.train_transform(160, seed % 2 * 1333), random.Random(seed)
         out, moved, labels = transform(image, boxes, np.arange(3), rng)
         for label, pixels in enumerate(np.moveaxis(np.asarray(out), 2, 0) > 127):
             lost += label not in labels

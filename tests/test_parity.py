@@ -77,12 +77,12 @@ def fill(key, shape):
     return torch.from_numpy(rng(key).uniform(low, high, shape))
 
 
-def batch(num_classes=91):
+def batch(num_classes=91, sizes=SIZES, name="image"):
     """Two images of different size, padded to [2, 3, 320, 480], their mask, and their targets."""
-    images, mask = torch.zeros(2, 3, 320, 480).double(), torch.ones(2, 320, 480).bool()
-    targets = []
-    for i, ((h, w), count) in enumerate(zip(SIZES, COUNTS)):
-        g, (y, x) = rng(f"image{i}"), np.mgrid[0:h, 0:w] / 64.0
+    padded, targets = np.max(sizes, 0).tolist(), []
+    images, mask = torch.zeros(2, 3, *padded).double(), torch.ones(2, *padded).bool()
+    for i, ((h, w), count) in enumerate(zip(sizes, COUNTS)):
+        g, (y, x) = rng(f"{name}{i}"), np.mgrid[0:h, 0:w] / 64.0
         waves = np.stack([np.sin(g.uniform(0.5, 2, 1) * x + g.uniform(0.5, 2, 1) * y
                                  + g.uniform(0, 6, 1)) for _ in range(3)])
         images[i, :, :h, :w] = torch.from_numpy(waves + 0.3 * g.standard_normal((3, h, w)))
@@ -123,13 +123,37 @@ def contrastive(rows, *before):
 
 # ================================ what is compared: (names in the file, ours[, it should be])
 
-def owned(index, layer):
-    """Which queries of a layer own which targets, in the queries' order, by image."""
+def owned(index, layer, groups=1, queries=0):
+    """Which queries of a layer own which targets, in the queries' order, by image. Of several
+    groups with so many queries each, they are counted through."""
     found = {}
     for i in (0, 1):
-        _, _, query, target = torch.stack(index)[:, (index[0] == layer) & (index[1] == i)]
+        part, _, query, target = torch.stack(index)[
+            :, (index[0] // groups == layer) & (index[1] == i)]
+        query = part % groups * queries + query
         found |= {f"src{i}": query[query.argsort()], f"tgt{i}": target[query.argsort()]}
     return found
+
+
+def compared(total, losses, said):
+    """Losses, the total first, in order of size, for every project has its own names, as parts of
+    theirs; some of these are 0: authors log absent denoising queries."""
+    theirs = torch.tensor([x for x in said if x], dtype=torch.float64).sort().values
+    ours = torch.stack([total, *matcher.named(losses).values()]).sort().values
+    return ours / theirs, torch.ones_like(ours)
+
+
+def gradients(wanted, state, model, total):
+    """Every parameter's gradient: norm and product with a random direction, as parts of its norm,
+    or of 1e-7 of all gradients' norm: below, as in a key's bias under softmax, all is rounding."""
+    names = {key: own for key, own in weights.own_names(state, model.cfg).items() if key in wanted}
+    assert len(set(names.values())) == len(wanted)
+    found = torch.autograd.grad(total, [model.get_parameter(own) for own in names.values()])
+    floor = 1e-7 * torch.stack([g.norm() for g in found]).norm()
+    for key, g in zip(names, found):
+        want = torch.tensor(wanted[key], dtype=torch.float64).view(-1)
+        ours = torch.stack([g.norm(), (g * normal("grad:" + key, *g.shape)).sum()])
+        yield "gradients", ours / want[0].clamp(floor), want / want[0].clamp(floor)
 
 
 def run(source, case, file, name, also="", changes={}, draws={}):
@@ -171,37 +195,120 @@ def run(source, case, file, name, also="", changes={}, draws={}):
     yield "match_enc_*", owned(pairs[-1], 0)
     post = evaluation.postprocess(outputs, torch.tensor([(480, 640), (384, 720)]), cfg)
     yield "post_*", {key: torch.stack([x[key] for x in post]) for key in post[0]}
-    # The losses in order of size, for every project has its own names, and their weighted total.
     if "loss_total" in stored:
-        theirs = [stored["loss_total"], *stored["loss_values"]]
-    else:
-        said = json.loads(stored.get("train_losses" if "train" in also else "losses", "null"))
-        theirs = said and [said["weighted_total"], *map(said["unweighted"].get, said["weights"])]
-    if theirs:  # some are 0: the authors log absent denoising queries
-        theirs = torch.tensor([x for x in theirs if x], dtype=torch.float64).sort().values
-        ours = torch.stack([total, *matcher.named(losses).values()]).sort().values
-        yield "losses", ours / theirs, torch.ones_like(ours)
+        yield "losses", *compared(total, losses, [stored["loss_total"], *stored["loss_values"]])
+    elif said := json.loads(stored.get("train_losses" if "train" in also else "losses", "null")):
+        yield "losses", *compared(total, losses, [
+            said["weighted_total"], *map(said["unweighted"].get, said["weights"])])
     if not grad:
         return
-
-    # Every parameter's gradient: norm and product with a random direction, as parts of its norm, or
-    # of 1e-7 of all gradients' norm: below, as in a key's bias under softmax, all is rounding.
     if "grad_names" in stored:
         wanted = dict(zip(stored["grad_names"], stored["grad_norms"].tolist()))
     else:
         said = json.loads(stored.get("grads") or stored["grad_norms"])
         wanted = said.get("params") or said["eval"]
-    names = {key: own for key, own in weights.own_names(state, cfg).items() if key in wanted}
-    assert len(set(names.values())) == len(wanted)
-    found = torch.autograd.grad(total, [model.get_parameter(own) for own in names.values()])
-    floor = 1e-7 * torch.stack([g.norm() for g in found]).norm()
-    for key, g in zip(names, found):
-        want = torch.tensor(wanted[key], dtype=torch.float64).view(-1)
-        ours = torch.stack([g.norm(), (g * normal("grad:" + key, *g.shape)).sum()])
-        yield "gradients", ours / want[0].clamp(floor), want / want[0].clamp(floor)
+    yield from gradients(wanted, state, model, total)
     if name == "deformable" and source.is_dir():
         logits = model.float()(images.float(), mask)["logits"]
         yield "pred_logits_in_float32", logits[-1] / 1e3, stored["pred_logits"] / 1e3  # to 1e-5
+
+
+def watched(model, seen):
+    """Let a model with a ViT leave in `seen` what its parts compute; returns the model."""
+    def keep(module, name):
+        module.register_forward_hook(lambda _, __, out: seen.update({name: out}))
+
+    def entering(module, *names):
+        module.register_forward_pre_hook(lambda _, inputs: seen.update(zip(names, inputs)))
+
+    stage = model.input_proj.stages[0]
+    keep(model.backbone.patch_embed, "patch")
+    entering(model.backbone.blocks[0], "embeddings")
+    for i, block in enumerate(model.backbone.blocks):
+        keep(block, f"block{i}")
+    model.backbone.register_forward_hook(
+        lambda _, __, maps: seen.update({f"c{i}": x for i, x in enumerate(maps)}))
+    for name, part in dict(stage0_cv1=stage[0].cv1, stage0_c2f=stage[0], proj0=stage).items():
+        keep(part, name)
+    entering(model.decoder[0], "init_content", "query_pos")
+    for i, layer in enumerate(model.decoder):
+        keep(layer, f"dec{i}")
+        keep(layer.self_attn, f"dec{i}_sa")
+        keep(layer.cross_attn, f"dec{i}_ca")
+    return model
+
+
+def vit(source, case, file, name, also=""):
+    """LW-DETR's and RF-DETR's run on squares. also: alt, another size; train, the form with 13
+    groups, whose batch norm takes running statistics, or "statistics", the batch's; gradients."""
+    meta, stored, state = (*(read(source, case, f) for f in ("meta", file)),
+                           state_dict(source, case))
+    training, seen, chosen = "train" in also, {}, []
+
+    def topk(x, count, dim):
+        chosen.append(torch.topk(x, count, dim).indices)
+        return torch.topk(x, count, dim)
+
+    model = watched(build_model(name).double().train(training).requires_grad_(), seen)
+    weights.load_weights(model, state)
+    if "statistics" not in also:
+        model.input_proj.eval()
+    side = meta["checks"]["alt_resolution"] if also == "alt" else meta["resolution"]
+    images, mask, targets = batch(91, [(side, side)] * 2, "alt" if also == "alt" else "image")
+    grad = "gradients" in also and (source.is_dir() or name == "lw_tiny")
+    with mock.patch.object(model, "decode", wraps=model.decode) as decode, \
+            mock.patch("matcher.match", wraps=matcher.match) as match, \
+            mock.patch.object(torch.Tensor, "topk", topk), torch.set_grad_enabled(grad):
+        outputs = model(images, mask)
+        total, losses = matcher.Criterion(model.cfg)(outputs, targets)
+    said = json.loads(stored["losses" if training else "eval_losses"])
+    if "statistics" in also:
+        said = json.loads(stored["losses_bn_batch_statistics"])
+        yield "bn_running_after", model.input_proj.stages[0][0].cv1[1].running_mean
+    if also != "alt":
+        yield "losses", *compared(total, losses, [
+            said["weighted_total"], *map(said["unweighted"].get, said["weights"])])
+    if "statistics" in also:
+        return
+    if grad:
+        yield from gradients(json.loads(stored["grads"])["params"], state, model, total)
+
+    logits, boxes, enc = outputs["logits"][-1], outputs["boxes"][-1], outputs["enc"]
+    whole = {"pred_logits": logits, "pred_boxes": boxes}
+    if training:
+        whole |= {f"enc_pred_{key}": x for key, x in enc.items()}
+    prefix, sums = {"": "", "alt": "alt_"}.get(also, "train_"), dict(whole)
+    if not also:
+        sums |= {key: x for key, x in seen.items() if key != "init_content"}
+        if "patch" in seen:
+            sums["patch"] = seen["patch"].permute(0, 2, 3, 1)
+    for key, want in json.loads(stored[prefix + "sums"]).items():
+        ours = (sums[key] * normal(f"probe:{prefix}{key}", *sums[key].shape)).sum()
+        yield f"{prefix}sums", ours / want, torch.ones(())
+    if also == "alt":
+        yield "alt_*", dict(logits=logits, boxes=boxes, c0=seen["c0"])
+        return
+    groups, Q, L = outputs.get("query_groups", 1), model.cfg.num_queries, len(outputs["logits"])
+    pairs = matcher.match(*match.call_args.args)
+    if training:
+        yield "train_enc_topk_index", torch.stack(chosen)
+        yield "train_*_first_of_group", {  # of the first three queries
+            key: outputs[key][-1].unflatten(1, (groups, Q)) for key in ("logits", "boxes")}
+        for l in range(L):
+            yield f"match_{f'aux{l}_' * (l < L - 1)}*", owned(pairs[0], l, groups, Q)
+        yield "match_enc_*", owned(pairs[1], 0, groups, Q)
+        return
+    yield "match_eval_*", owned(pairs[0], L - 1)
+    yield "enc_topk_index enc_top_index", chosen[0]
+    yield "probe_*", seen | {"init_reference": decode.call_args.args[4],
+                             "hs_first": outputs["states"][0], "hs_last": outputs["states"][-1]}
+    yield "memory_probe", seen["proj0"][0].flatten(1).T
+    for key in ("logits", "boxes"):
+        yield f"pred_{key}", outputs[key][-1]
+        yield f"aux_{key}_first", outputs[key][0]
+        yield f"enc_top_{key}", enc[key]
+    post = evaluation.postprocess(outputs, torch.tensor([(480, 640), (500, 375)]), model.cfg)
+    yield "post_*", {key: torch.stack([x[key] for x in post]) for key in post[0]}
 
 
 def schedule(source, case, file):
@@ -273,6 +380,11 @@ CASES = {  # [(what is compared, with which file, a run's variant, options, chan
             rand=[torch.ones(40), torch.full((40, 4), 0.5)], randint=[torch.zeros(40).long()]))],
     "dino-4scale-r50": [(run, "out", "dino"), (
         run, "out", "dino", "train gradients", {}, contrastive(320))],
+    "lwdetr-tiny": [
+        (vit, "out", "lw_tiny"), (vit, "out", "lw_tiny", "alt"),
+        (vit, "out", "lw_tiny", "train gradients"), (vit, "out", "lw_tiny", "train statistics")],
+    "rfdetr-nano": [(vit, "out", "rf_nano"), (vit, "out", "rf_nano", "alt"),
+                    (vit, "out", "rf_nano", "train gradients")],
     "diffu-dino-r50": [
         (schedule, "schedule"), (vfl, "loss"), (sampling, "sample"),
         (run, "decoder", "diffu_dino_published", "", dict(sampling_steps=1),

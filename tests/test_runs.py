@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch import nn
 
 import data
 import diffusion
@@ -52,7 +53,9 @@ def before_step(number, trouble):
 def test_runs_options_that_a_variant_does_not_read_are_refused():
     for name, f in variants.FIELDS.items():
         for variant, row in variants.VARIANTS.items():
-            given = {"variant": variant, name: getattr(row, name, f.default)}
+            # On toy shapes no backbone is frozen.
+            given = {"variant": variant, "data": "coco" if name == "frozen_stages" else "toy",
+                     name: getattr(row, name, f.default)}
             if variants.idle([name], row):
                 why = error_of(runs.settle, given, kind=variants.ConfigError)
                 assert why.startswith(f"--{name.replace('_', '-')} is read only with --"), why
@@ -204,6 +207,52 @@ def test_train_rate_groups_and_schedule():
         slow = name.startswith("backbone") or "sampling_off" in name or "reference_po" in name
         assert not p.requires_grad or rate[p] == (2e-5 if slow else 2e-4), name
     assert [train.rate_factor(s, 50, recipe) for s in (3, 39, 40)] == [0.8, 1, 0.1]
+    # LW-DETR's and RF-DETR's: a part of a name, rate over its own (1e-4; backbone 1.5e-4), decay
+    for name, rows in [
+            ("lw_tiny", [("blocks.3.attn.qkv", 0.8 * 0.49, 1),
+                         ("blocks.0.gamma_1", 0.8 ** 4 * 0.49, 0),
+                         ("blocks.2.mlp.2.weight", 0.8 ** 2 * 0.49, 1),
+                         ("backbone.pos_embed", 0.8 ** 5 * 0.49, 0),
+                         ("patch_embed.weight", 0.8 ** 5 * 0.49, 1)]),
+            ("rf_nano", [("blocks.3.attn.query.weight", 0.8 ** 2 * 0.49, 1),
+                         ("backbone.norm.weight", 0.49, 0), ("cls_token", 0.8 ** 6 * 0.49, 0)])]:
+        rows += [("decoder.0.norm1.weight", 0.7, 1), ("ref_point_head.0.weight", 0.7, 1),
+                 ("decoder_norm.bias", 0.7, 1), ("input_proj.stages.0.1.bias", 1, 1),
+                 ("bbox_embed.0.0.bias", 1, 1), ("refpoint_embed", 1, 1)]
+        built = small(name)
+        groups = train.parameter_groups(built, variants.recipe(name))
+        for part, rate, decays in rows:
+            key, p = next((k, p) for k, p in built.named_parameters() if part in k)
+            group, = [g for g in groups if any(p is q for q in g["params"])]
+            own = 1.5e-4 if key.startswith("backbone") else 1e-4
+            assert math.isclose(group["lr"], own * rate), (key, group["lr"])
+            assert group["weight_decay"] == 1e-4 * decays, key
+
+
+def test_train_sizes_per_batch_and_the_average():
+    """RF-DETR: squares of 11 sizes, drawn from the step's seed; an average that starts at once."""
+    run = mock.Mock(recipe=variants.recipe("rf_nano"))
+    run.model.backbone.divisor = 32
+    images, mask = torch.rand(2, 3, 384, 384), torch.zeros(2, 384, 384).bool()
+    images[:, :, 100:200] = 0.5
+    sides = set()
+    for seed in range(80):
+        torch.manual_seed(seed)
+        a, b = train.resampled(run, images, mask)
+        assert a.shape[2:] == b.shape[1:] and not b.any() and a.shape[2] == a.shape[3]
+        assert torch.allclose(a[:, :, int(0.4 * len(a[0, 0]))], torch.tensor(0.5))  # the same place
+        sides.add(a.shape[2])
+    assert sides == {*range(224, 545, 32)}
+    run.recipe = variants.recipe("lw_tiny")
+    assert train.resampled(run, images, mask)[0] is images
+    weight, decays = nn.Linear(1, 1), []
+    for tau in (0, 100):
+        run = mock.Mock(recipe=variants.recipe("rf_nano").but(ema_tau=tau), step=49, model=weight,
+                        optimizer=mock.Mock(), scaler=mock.Mock(is_enabled=lambda: False))
+        with mock.patch.object(train, "forward_backward", lambda *_: {"loss": torch.zeros(())}), \
+                mock.patch.object(train, "get_ema_multi_avg_fn", decays.append):
+            train.update(run, [])
+    assert decays == [50 / 59, 0.993 * (1 - math.exp(-0.5))]
 
 
 # DINO's number of groups follows the fullest image of a process, which is equally full in both.

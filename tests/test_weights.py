@@ -32,8 +32,20 @@ FILES = [  # variant, overrides, filename, and the folder of parity's that has s
     ("dn_dab", {}, "checkpoint_optimized_44.7ap.pth", "dab-r50"),
     ("align", {}, "align.pth", "dino-4scale-r50"),
     ("align_published", {}, "align_detr_r50_24e.pth", "diffu-dino-r50"),
-    ("diffu_align_published", {}, "diffu_align_detr_r50.pth", "diffu-dino-r50")]
+    ("diffu_align_published", {}, "diffu_align_detr_r50.pth", "diffu-dino-r50"),
+    ("lw_tiny", {}, "LWDETR_tiny_60e_coco.pth", "lwdetr-tiny"),
+    ("lw_medium", {}, "LWDETR_medium_60e_coco.pth", "lwdetr-tiny"),
+    ("lw_xlarge", {}, "LWDETR_xlarge_60e_coco.pth", "lwdetr-tiny"),
+    ("rf_nano", {}, "rf-detr-nano.pth", "rfdetr-nano"),
+    ("rf_base", {}, "rf-detr-base.pth", "rfdetr-nano"),
+    ("rf_base", dict(vit_width=768, vit_heads=12, d_model=384, heads=12, cross_heads=24, levels=2,
+                     points=4), "rf-detr-large.pth", "rfdetr-nano")]
 TINY = dict(backbone="resnet18", backbone_norm="batch", d_model=64, ffn=64, decoder_layers=2)
+
+
+def again(keys, part, others):
+    """The keys that hold a part, with others in its place."""
+    return [k.replace(part, other) for k in keys if part in k for other in others]
 
 
 def published(name, changes, file, case):
@@ -52,6 +64,15 @@ def published(name, changes, file, case):
         keys.append("transformer.tgt_embed.weight")
     if name == "deformable_single":
         keys = [k for k in keys if not re.match(r"input_proj\.[123]", k)]
+    keys += again(keys, "blocks.5.", [f"blocks.{i}." for i in range(6, model.cfg.vit_depth)])
+    if name == "rf_base":
+        keys += again(keys, "decoder.layers.1.", ["decoder.layers.2."])
+    if model.cfg.levels == 2:  # LW-DETR's two levels, each from four maps
+        keys += again(keys, "stages.0.", ["stages.1."])
+        layer = [k.partition("cv1.")[2] for k in keys if "stages.0.0.cv1." in k]
+        up, down = ([f"backbone.0.projector.stages_sampling.{i}.{j}." for j in range(4)] for i in (0, 1))
+        keys += [f"{at}0.{k}" for at in up + down for k in layer]
+        keys += [f"{at}1.{k}" for at in up for k in ("weight", "bias")]
     names, own = weights.own_names(keys, model.cfg), model.state_dict()
     return model, {k: torch.zeros(own[names[k]].shape if k in names else 100) for k in keys}
 
@@ -60,10 +81,15 @@ def test_weights_published_and_own_names():
     """Every published member, and our own bare state dicts: recognised, loaded strictly."""
     for name, changes, file, case in FILES:
         model, state = published(name, changes, file, case)
-        assert weights.load_weights(model.to_empty(device="cpu"), state) == len(model.state_dict())
+        own = [k for k in model.state_dict() if not k.endswith("num_batches_tracked")]
+        assert weights.load_weights(model.to_empty(device="cpu"), state) == len(own)
         assert weights.detect(state, file) == (name, changes), (file, weights.detect(state, file))
-    for name in [name for name in variants.VARIANTS if "align" not in name]:
+    for name, row in variants.VARIANTS.items():
         changes = TINY | dict(num_classes=3, backbone="resnet101")
+        if "align" in name:
+            continue
+        if row.backbone in variants.VITS:
+            changes = dict(num_classes=3, d_model=96, ffn=64, decoder_layers=1, query_groups=2)
         with torch.device("meta"):
             found = weights.detect(build_model(name, **changes).state_dict(), name)
         assert found == (name, changes), found
@@ -147,3 +173,8 @@ def test_weights_backbone():
         for which, words in ((path, "missing|resnet34"), ("none", "--backbone-norm batch"), (
                 "default", f"no net|resnet34-|{folder}|--backbone-weights none, which")):
             refused(words, weights.load_backbone, other, which)
+    own, another = (build_model("lw_tiny", vit_width=24, decoder_layers=1) for _ in range(2))
+    weights.load_backbone(own, another.state_dict())
+    assert torch.equal(own.backbone.blocks[5].mlp[0].weight, another.backbone.blocks[5].mlp[0].weight)
+    refused("published detector|--weights PATH|none", weights.load_backbone, own, "default")
+    weights.load_backbone(own, "none")
