@@ -245,7 +245,8 @@ class Criterion:
         return {"class": class_loss, "bbox": l1 / count, "giou": giou / count}
 
     def denoise(self, targets, counts, logits, boxes, queries):
-        """Denoising queries know their targets: nothing is matched. logits [L, B, P, C]."""
+        """Denoising queries know their targets: nothing is matched. logits [L, B, P, C]. (DN-DETR's
+        code divides by the targets of one process alone.)"""
         L, K = len(logits), len(queries.pairs[0])
         layer = torch.arange(L, device=logits.device).repeat_interleave(K)
         index = (layer, *(i.repeat(L) for i in queries.pairs))

@@ -9,7 +9,7 @@ DAB-DETR, Liu 2022; Deformable DETR, Zhu 2021; DN-DETR, Li 2022; DINO, Zhang 202
 `decode`.
 
 Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes, d channels, M
-heads, D channels a head.
+heads.
 """
 import math
 from typing import NamedTuple
@@ -119,8 +119,8 @@ class ConditionalAttention(nn.Module):
 
     Content and position are projected apart and concatenated in every head, so that a score is
     content . content + position . position, and position alone can point to a place: a query's is
-    the sine of its reference. In the first layer, whose content knows nothing yet, content takes
-    the learned position (queries) and the image's (keys) too.
+    the sine of its reference. In the first layer, whose content knows nothing yet, position is also
+    added to content: `pos` to queries, and to keys the image's, which then counts twice.
     """
 
     def __init__(self, d, heads, dropout, first):
@@ -138,13 +138,13 @@ class ConditionalAttention(nn.Module):
 
     def read(self, memory):
         content, position = self.kcontent(memory.tokens), self.kpos(memory.pos)
-        if self.qpos:
+        if self.qpos is not None:
             content = content + position
         return self.joined(content, position), self.v(memory.tokens), ~memory.mask[:, None, None]
 
     def forward(self, x, pos, around, read):
         content, (keys, values, real) = self.qcontent(x), read
-        if self.qpos:
+        if self.qpos is not None:
             content = content + self.qpos(pos)
         query = self.joined(content, self.qpos_sine(around))
         return self.out_proj(attend(query, keys, values, self.heads, real,
@@ -273,7 +273,7 @@ class Detector(nn.Module):
         if cfg.attention == "deformable" and cfg.encoder_layers:
             self.level_embed = nn.Parameter(torch.empty(cfg.levels, d))
         self.encoder = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.encoder_layers))
-        if cfg.encoder_scale and cfg.encoder_layers:
+        if cfg.encoder_scale:
             self.encoder_scale = MLP(d, d, d)
         self.decoder = nn.ModuleList(DecoderLayer(cfg, l == 0) for l in range(cfg.decoder_layers))
         self.decoder_norm = nn.LayerNorm(d) if cfg.decoder_norm else nn.Identity()
@@ -341,9 +341,8 @@ class Detector(nn.Module):
                 nn.init.zeros_(projection[0].bias)
         if hasattr(self, "level_embed"):
             nn.init.normal_(self.level_embed)
-        if cfg.reference == "none":
-            return
-        for head in box_heads:
+        # Heads that correct a box: all but DETR's, which are an MLP as any.
+        for head in box_heads[len(self.bbox_embed) * (cfg.reference == "none"):]:
             head.load_state_dict(self.bbox_embed[0].state_dict())
             nn.init.zeros_(head[-1].weight)  # the first boxes are the references
             nn.init.zeros_(head[-1].bias)
@@ -554,7 +553,7 @@ class Detector(nn.Module):
         if cfg.reference == "points":
             conditional = cfg.attention == "conditional"
             to_point = self.ref_point_head if conditional else self.reference_points
-            reference = to_point(pos).sigmoid()
+            reference = to_point(pos).to(memory.centres).sigmoid()  # coordinates: never in half
 
         # Content. With proposals, learned content is DINO's mixed query selection (section 3.4):
         # boxes come from the encoder, content does not.
@@ -582,8 +581,8 @@ class Detector(nn.Module):
 
         Args: read, what each layer's cross-attention reads of the memory; content, pos, reference
         as from `first_queries`; blocked [Q, Q], self-attention's mask, or None; t [B], diffusion
-        time, or None; groups of queries that do not see each other; every_layer, False: only the last
-        layer answers (L is 1).
+        time, or None; groups of queries that do not see each other; every_layer, False: only the
+        last layer answers (L is 1).
 
         Returns logits [L, B, Q, C], boxes [L, B, Q, 4] and states [L, B, Q, d].
         """
@@ -593,9 +592,13 @@ class Detector(nn.Module):
             angle = t[:, None] * 10000 ** (-2 * i / cfg.d_model)
             t = self.time_embed(torch.cat([angle.cos(), angle.sin()], -1))
         # reference: where a layer looks, detached. base: what its box is predicted from.
+        # place: what its position is made of.
         x, base, states, bases, around = content, reference, [], [], None
         for l, layer in enumerate(self.decoder):
-            place, scale = reference, self.query_scale(x) if cfg.query_scale and l > 0 else 1
+            # Conditional DETR (section 3.3): p = lambda * p_s, what a query has seen so far scales
+            # its position, and so what it looks for. Before the first layer it has seen nothing.
+            scale = self.query_scale(x) if cfg.query_scale and l > 0 else 1
+            place = reference
             if cfg.attention == "deformable":  # from [0, 1] of the image to that of the whole maps
                 valid = memory.valid.repeat(1, 1, reference.shape[-1] // 2)
                 around = reference[:, :, None] * valid[:, None]  # [B, Q, levels, 2 or 4]
@@ -626,12 +629,14 @@ class Detector(nn.Module):
 
     def positional_query(self, x, reference):
         """The sine of the reference's centre [B, Q, d], y before x: what conditional attention
-        looks for. DAB-DETR (section 4.2) divides its x part by the box's width and its y part by
+        looks for. DAB-DETR (section 4.4) divides its x part by the box's width and its y part by
         the height, so that the attention is as wide and as high as the object."""
         yx = sine(reference[..., [1, 0]], self.cfg.d_model // 2, 10000)  # [B, Q, 2, d / 2]
         if self.cfg.size_modulation:
-            # The authors divide by sizes as they are; noise may be an empty box.
-            size = reference[..., 2:].clamp(min=1e-3 * (self.cfg.reference == "noise"))
+            # The authors divide by sizes as they are. Noise may be an empty box, and 1 / least
+            # must fit in half precision.
+            least = 1e-3 if self.cfg.reference == "noise" else 2e-5
+            size = reference[..., 2:].clamp(min=least)
             wanted = self.ref_anchor_head(x).sigmoid()  # a width and a height
             yx = yx * (wanted / size)[..., [1, 0], None]
         return yx.flatten(2)

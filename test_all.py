@@ -80,6 +80,8 @@ def test_variants_contradictions_say_what_to_write():
             ("detr", dict(attention="conditional"), "reference=points"),
             ("conditional", dict(size_modulation=True), "reference=anchors"),
             ("dab", dict(content="label"), "denoising=dn"),
+            ("dab", dict(encoder_layers=0), "encoder_layers=1"),
+            ("deformable_two_stage", dict(query_groups=2), "content=learned"),
             ("detr", dict(copies=2), "class_loss=focal"), ("detr", dict(querys=3), "unknown field"),
             ("detr", dict(dilation=True, backbone="resnet18"), "bottleneck"),
             ("detr", dict(dropout=1.0), "at most"), ("detr", dict(dropout=math.nan), "at least 0"),
@@ -427,8 +429,14 @@ def check_recomputed(built, images, mask, targets):
 
 def check_autocast(built, images, mask, targets):
     """Boxes and logits stay float32."""
-    with torch.autocast("cpu", torch.bfloat16):
+    def kept(*args):
+        dtypes.append(args[4] if args[4] is None else args[4].dtype)
+        return decode(*args)
+
+    dtypes, decode = [], built.decode
+    with torch.autocast("cpu", torch.bfloat16), PINNED(built, "decode", kept):
         outputs, total, _ = losses_of(built, images, mask, targets)
+    assert dtypes[0] in (None, torch.float32)  # the references
     assert outputs["boxes"].dtype == outputs["logits"].dtype == torch.float32
     total.backward()
 

@@ -53,7 +53,6 @@ def changed(table, **changes):
 BOXES = ("anchors", "proposals", "noise")  # references that are 4-D boxes from the first layer on
 RESNETS, VITS = ("resnet18", "resnet34", "resnet50", "resnet101"), ("vit", "dinov2")
 RESNET, VIT = {"backbone": RESNETS}, {"backbone": VITS}
-REFERS = {"reference": ("points", *BOXES)}
 PROPOSES, NOISE = {"two_stage": (True,)}, {"reference": ("noise",)}
 DEFORMABLE, DENOISES = {"attention": ("deformable",)}, {"denoising": ("dn", "cdn")}
 SEVERAL = NOISE | {"sampling_steps": range(2, 10 ** 9)}
@@ -125,12 +124,12 @@ class Config:
                                     "all images alike (LW-DETR)", when={"reference": ("proposals",)})
     content: str = option(
         "zero", "zero (DETR), split (Deformable: half of the position's vector), learned (DINO's "
-        "mixed query selection), label (DN-DETR: the embedding of no label) or memory (the best "
+        "mixed query selection), label (DN-DAB: the embedding of no label) or memory (the best "
         "proposals' features: published DiffuDINO)", "zero", "split", "learned", "label", "memory")
     query_scale: bool = option(False, "scale a position made from the reference by an MLP of the "
                                "previous layer's output (Conditional, DAB, DN)")
     size_modulation: bool = option(False, "scale that position by the reference's width and height "
-                                   "(DAB-DETR)", when={"attention": ("conditional",)})
+                                   "(DAB-DETR)")
     query_groups: int = option(1, "groups of queries in training, each matched on its own (Group "
                                "DETR, LW-DETR); inference uses the first")
     # ---- how boxes improve from layer to layer
@@ -152,7 +151,7 @@ class Config:
     denoising: str = option("none", "dn: reconstruct noised boxes; cdn: and reject far ones",
                             "none", "dn", "cdn")
     no_label_row: bool = option(True, "their label embedding ends with a row for no label, which "
-                                "content=label reads, and others' files only hold", when=DENOISES)
+                                "only content=label reads, but most files hold", when=DENOISES)
     dn_queries: int = option(100, "cdn: positive queries, in as many groups as fit",
                              when={"denoising": ("cdn",)})
     dn_groups: int = option(5, "dn: groups of all targets", when={"denoising": ("dn",)})
@@ -190,7 +189,7 @@ class Config:
     weight_class_dn: float = option(1.0, "weight of denoising's class loss", when=DENOISES)
     cost_class: float = option(1.0, "weight of the class in the matching cost")
     no_object: float = option(0.1, "weight of no-object", when={"class_loss": ("ce",)})
-    logit_eps: float = option(1e-5, "clamp of the inverse sigmoid", low=1e-9, high=0.4, when=REFERS)
+    logit_eps: float = option(1e-5, "clamp of the inverse sigmoid", low=1e-9, high=0.4)
     giou_eps: float = option(0.0, "added to GIoU's denominators")
     detections: int = option(100, "the most detections kept per image")
 
@@ -229,6 +228,11 @@ class Config:
             (self.size_modulation and (self.attention != "conditional"
                                        or self.reference not in BOXES), "size_modulation needs "
              "attention=conditional and reference=anchors, proposals or noise"),
+            (self.query_groups > 1 and self.reference == "proposals" and self.content != "learned"
+             and not self.group_proposals, "query_groups would be copies of each other: write "
+             "content=learned, or query_groups=1"),
+            (self.encoder_scale and not self.encoder_layers,
+             "encoder_scale needs encoder_layers=1 or more"),
             (self.content == "label" and (self.denoising == "none" or not self.no_label_row),
              "content=label is a row of the denoising queries' label embedding: write denoising=dn "
              "or cdn, and no_label_row=True"),
@@ -261,7 +265,7 @@ class Recipe:
     lr: float = option(1e-4, "learning rate")
     lr_backbone: float = option(1e-5, "learning rate of the backbone")
     lr_points: float = option(1.0, "factor on the rate of sampling_offsets and reference_points "
-                              "(Deformable: 0.1)", when=DEFORMABLE)
+                              "(Deformable: 0.1)")
     lr_layer_decay: float = option(1.0, "factor on the rate of a ViT's block for each block above "
                                    "it", high=1, when=VIT)
     lr_component_decay: float = option(1.0, "factor on the decoder's rate; squared, on the "

@@ -204,8 +204,8 @@ def detect(state, name=""):
     """What model a state dict belongs to, by its names and shapes -> (variant, overrides).
 
     Works on published names and on ours. Dilation and Align-DETR's loss leave no trace: "dc5" and
-    "align" in the filename `name` tell. Nor do the number of heads (the variant's is assumed) and
-    that of queries which start as proposals' features.
+    "align" in `name`, the file's and its folder's, tell. Nor do the number of heads (the variant's
+    is assumed) and that of queries which start as proposals' features.
     """
     shape = {own: tuple(state[key].shape) for key, own in own_names(state).items()}
     variant = next((variant for names, variant in SIGNS if all(
@@ -214,7 +214,9 @@ def detect(state, name=""):
     if foreign or variant is None:
         raise WeightsError(f"{name or 'the state dict'}: not one of {', '.join(variants.VARIANTS)}:"
                            f" it has {', '.join((foreign or [*state])[:3])}")
-    dilated, detrex = "dc5" in name.lower(), any(k.startswith("backbone.res") for k in state)
+    dilated, outputs = "dc5" in name.lower(), shape.get("class_embed.0.weight", (None,))[0]
+    labels = shape.get("label_enc.weight", (None,))[0]  # Align-DETR's has no row for no label
+    detrex = any(k.startswith("backbone.res") for k in state) or labels and labels == outputs
     if "align" in name.lower():  # DINO's model
         variant = {"dino": "align_published" if detrex else "align"}.get(
             variant, variant.replace("diffu_dino", "diffu_align"))
@@ -229,7 +231,7 @@ def detect(state, name=""):
         return len({m[1] for m in map(re.compile(pattern).match, shape) if m})
 
     levels = count(r"input_proj\.(?:stages\.)?(\d+)\.")
-    outputs, groups = size("class_embed.0.weight"), count(r"enc_output\.(\d+)\.")
+    groups = count(r"enc_output\.(\d+)\.")
     offsets = size("decoder.0.cross_attn.sampling_offsets.weight")
     found = dict(
         num_classes=outputs and outputs - (row.class_loss == "ce"),
@@ -250,7 +252,8 @@ def detect(state, name=""):
         if "backbone.cls_token" in shape:
             found["vit_heads"] = found["vit_width"] // 64
     if detrex:  # DINO as detrex has it
-        found |= dict(shared_heads=False, pos_offset=-0.5, pos_temperature=10000.0)
+        found |= dict(shared_heads=False, pos_offset=-0.5, pos_temperature=10000.0,
+                      no_label_row=labels != outputs)
     if "backbone.bn1.weight" in state:  # our names tell more
         found["shared_heads"] = "bbox_embed.1.0.weight" not in shape
         batch = "backbone.bn1.num_batches_tracked" in state
@@ -268,7 +271,7 @@ def detect(state, name=""):
 def identify(checkpoint, label):
     """(variant, overrides) of a checkpoint: as it says itself (ours), or as `detect` finds."""
     if checkpoint.get("format") != "minDETR":
-        return detect(state_of(checkpoint, label), Path(label).name)
+        return detect(state_of(checkpoint, label), "/".join(Path(label).parts[-2:]))
     row = asdict(variants.variant(checkpoint["variant"]))
     return checkpoint["variant"], {k: v for k, v in checkpoint["config"].items() if row.get(k) != v}
 
@@ -304,6 +307,9 @@ def fine_tune(model, source, same_classes):
     checkpoint, label = opened(source)
     heads = r"(class_embed\.\d+|enc_class_embed|label_enc)\."
     loaded, fresh = _load(model, checkpoint, label, heads, not same_classes)
+    old = state_of(checkpoint, label).get("label_enc.weight")
+    if model.cfg.content == "label" and old is not None:  # its last row is no class, but content
+        model.label_enc.weight.data[-1] = old[-1]
     modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
     new = f"new, for {model.cfg.num_classes} classes: {modules}" if fresh else "none new"
     return f"{label}: {len(loaded)} tensors kept; {new}"

@@ -29,6 +29,7 @@ FILES = [  # variant, overrides, filename, and the folder of parity's that has s
     ("detr_dc5", {}, "detr-r50-dc5-f0fb7ef5.pth", "detr-r50"),
     ("deformable_single", dict(dilation=True), "single_scale_dc5.pth", "deformable-r50"),
     ("conditional", dict(dilation=True), "ConditionalDETR_r50dc5_epoch50.pth", "conditional-r50"),
+    ("dab", dict(dilation=True), "R50_DC5/checkpoint.pth", "dab-r50"),
     ("dn_dab", {}, "checkpoint_optimized_44.7ap.pth", "dab-r50"),
     ("align", {}, "align.pth", "dino-4scale-r50"),
     ("align_published", {}, "align_detr_r50_24e.pth", "diffu-dino-r50"),
@@ -86,8 +87,6 @@ def test_weights_published_and_own_names():
         assert weights.detect(state, file) == (name, changes), (file, weights.detect(state, file))
     for name, row in variants.VARIANTS.items():
         changes = TINY | dict(num_classes=3, backbone="resnet101")
-        if "align" in name:
-            continue
         if row.backbone in variants.VITS:
             changes = dict(num_classes=3, d_model=96, ffn=64, decoder_layers=1, query_groups=2)
         with torch.device("meta"):
