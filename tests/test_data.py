@@ -214,7 +214,7 @@ def test_data_layouts():
         file, images = Path(root, "annotations/instances_train2017.json"), Path(root, "train2017")
         for annotations, pictures in [
                 ("train/_annotations.coco.json", "train"), ("result.json", "images"),
-                ("annotations/instances_default.json", "images/default"), ("my boxes.json", "."),
+                ("annotations/instances_default.json", "images/default"),
                 ("annotations/instances_Train.json", "images/Train")]:
             with tempfile.TemporaryDirectory() as other:
                 shutil.copytree(images, Path(other, pictures), dirs_exist_ok=True)
