@@ -1,8 +1,9 @@
 """From a trained model to scores, boxes and images with boxes drawn on them.
 
-    python eval.py --weights best.pth --data coco --data-root ...     COCO's numbers, results.json
+    python eval.py --weights best.pth --data my/boxes                 COCO's numbers, results.json
     python eval.py --weights best.pth --images cat.jpg holiday/       boxes drawn, predictions.json
-    python eval.py --weights diffu.pth --images cat.jpg --trajectory  and the way there from noise
+    python eval.py --weights diffu.pth --images toy --trajectory      and the way there from noise
+    python eval.py --weights best.pth --export model.onnx             for other programs
     python eval.py --compare out/dn-toy out/dino-toy                  runs' curves, while they train
 """
 import argparse
