@@ -83,9 +83,11 @@ class Images(Dataset):
     def name_labels(self, categories, known, file):
         """COCO's categories, and `known` ones {id: name} if they count the labels -> category_ids
         and classes [C] by label, label_of {id: label}, which has the ids in the file."""
-        names = {record["id"]: re.sub(  # on one line, without halves of surrogate pairs
-            r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(record.get("name", "?"))).strip()
-            for record in categories}
+        names = {}
+        for record in categories:  # on one line, without halves of surrogate pairs
+            name = re.sub(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(record.get("name")))
+            if names.setdefault(record["id"], name.strip()) != name.strip():
+                raise DataError(f"{file}: category id {record['id']} has two names.")
         labels = known or dict(sorted(names.items()))
         for key, name in names.items():
             if labels.get(key) != name:  # the same ids may mean other things
@@ -187,8 +189,10 @@ def find_annotations(root, split, given=None, share=None, held_out=()):
 def what_is_it(root):
     """A sentence on a folder without an annotation file in COCO's format."""
     if not root.is_dir():
-        near = get_close_matches(root.name, os.listdir(root.parent) if root.name else [], 1)
-        return f"{root} is missing or no folder{f': do you mean {near[0]}?' if near else '.'}"
+        near = get_close_matches(root.name, [path.name for path in root.parent.glob("*")], 1)
+        return (f"{root} is a file: unpack it, or give its folder, and a JSON as --annotations."
+                if root.exists() else
+                f"{root} is missing{f': do you mean {near[0]}?' if near else '.'}")
     text, xml = (sorted({path.parent for path in root.rglob(end)}) for end in ("*.txt", "*.xml"))
     yaml, code = next(iter(sorted(root.rglob("*.y*ml"))), root / "data.yaml"), []
     if (names := root / "classes.txt").exists() and not yaml.exists():  # Label Studio's
@@ -239,7 +243,7 @@ def plain(value):
 def number(value):
     """A finite number, as such or written as text; or None."""
     value = value if type(value) is float else plain(value)
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    return value if type(value) in (int, float) and abs(value) < 1e99 else None
 
 
 class CocoFolder(Images):

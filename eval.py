@@ -131,7 +131,8 @@ def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True,
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     detections = []
     loader = data.loader(dataset, batches, workers, next(model.parameters()).device)
-    for images, mask, targets in runs.progress(loader, "evaluating", len(batches), progress):
+    show = progress and runs.rank() == 0
+    for images, mask, targets in runs.progress(loader, "evaluating", len(batches), show):
         sizes = torch.stack([target["orig_size"] for target in targets])
         for target, found in zip(targets, answer(model, images, mask, sizes)):
             for score, label, (x0, y0, x1, y1) in zip(*found.values()):

@@ -147,6 +147,7 @@ def test_data_coco_faults():
             ("image", "images"), ("category", "categories")) for bad in (None, 1.5, True, [])),
         *(("image 2|width", "images", dict(width=bad)) for bad in ("wide", 64.5, [64])),
         ("image id 1|/1.png|/2.png", "images", dict(id=1)),
+        ("category id 9 has two names", "categories", dict(id=9)),
         ("sub/1.png|image id 2|missing", "images", dict(file_name="sub/1.png")),
         ("2.pnq|nearest: 2.png", "images", dict(file_name="2.pnq")),
         ("image 2|leaves the folder", "images", dict(file_name="../../x.png")),
