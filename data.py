@@ -83,9 +83,11 @@ class Images(Dataset):
     def name_labels(self, categories, known, file):
         """COCO's categories, and `known` ones {id: name} if they count the labels -> category_ids
         and classes [C] by label, label_of {id: label}, which has the ids in the file."""
-        names = {record["id"]: re.sub(  # on one line, without halves of surrogate pairs
-            r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(record.get("name", "?"))).strip()
-            for record in categories}
+        names = {}
+        for record in categories:  # on one line, without halves of surrogate pairs
+            name = re.sub(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(record.get("name")))
+            if names.setdefault(record["id"], name.strip()) != name.strip():
+                raise DataError(f"{file}: category id {record['id']} has two names.")
         labels = known or dict(sorted(names.items()))
         for key, name in names.items():
             if labels.get(key) != name:  # the same ids may mean other things
@@ -178,18 +180,15 @@ def find_annotations(root, split, given=None, share=None, held_out=()):
     if not os.path.isdir(root):
         raise DataError(what_is_it(Path(root)))
     train, val, both = (None, None, given) if given else (
-        next((str(path) for name in names for form in FILES
-              if (path := Path(root, form.format(name))).is_file()), None)
+        next((path for name in names for form in FILES
+              if os.path.isfile(path := os.path.join(root, form.format(name)))), None)
         for names in NAMES.values())
     if val and share:
         raise DataError(f"--val-share {share}: {root} has a validation split, {val}. Omit it.")
     if val and split == "val" or train and split == "train" and not share:
         return val if split == "val" else train, False
     if not (train or both):
-        single = [*Path(root).glob("*.json"), *Path(root).glob("*/*.json")]
-        if len(single) != 1:
-            raise DataError(what_is_it(Path(root)))
-        both = str(single[0])
+        raise DataError(what_is_it(Path(root)))
     if not share and not held_out and (train or share == 0):
         raise DataError(f"{root} has one annotation file, {train or both}, and no validation split:"
                         " --val-share 0.1 cuts one.")
@@ -199,12 +198,14 @@ def find_annotations(root, split, given=None, share=None, held_out=()):
 def what_is_it(root):
     """A sentence on a folder without an annotation file in COCO's format."""
     if not root.is_dir():
-        near = get_close_matches(root.name, os.listdir(root.parent) if root.name else [], 1)
-        return f"{root} is missing or no folder{f': do you mean {near[0]}?' if near else '.'}"
+        near = get_close_matches(root.name, [path.name for path in root.parent.glob("*")], 1)
+        return (f"{root} is a file: unpack it, or give its folder, and a JSON as --annotations."
+                if root.exists() else
+                f"{root} is missing{f': do you mean {near[0]}?' if near else '.'}")
     text, xml = (sorted({path.parent for path in root.rglob(end)}) for end in ("*.txt", "*.xml"))
     yaml, code = next(iter(sorted(root.rglob("*.y*ml"))), root / "data.yaml"), []
     if (names := root / "classes.txt").exists() and not yaml.exists():  # Label Studio's
-        code = [f"open('{yaml}', 'w').write('names: %s' % open('{names}').read().split())"]
+        code = [f"open('{yaml}', 'w').write('names: %s' % open('{names}').read().splitlines())"]
     yolo = [path for path in text if "labels" in path.relative_to(root).parts]
     for path in yolo or xml:
         split = [p for p in path.relative_to(root).parts if p not in ("labels", "Annotations")]
@@ -251,7 +252,7 @@ def plain(value):
 def number(value):
     """A finite number, as such or written as text; or None."""
     value = value if type(value) is float else plain(value)
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    return value if type(value) in (int, float) and abs(value) < 1e99 else None
 
 
 class CocoFolder(Images):
@@ -273,8 +274,8 @@ class CocoFolder(Images):
         self.judge(coco["annotations"])
         names = self.names.tolist()
         if both and share:
-            count = min(max(1, round(share * len(names))), len(names) - 1)
-            held_out = random.Random(f"val {seed}").sample(sorted(names), count)
+            held_out = random.Random(f"val {seed}").sample(
+                sorted(names), min(max(1, round(share * len(names))), len(names) - 1))
         val = {*held_out}.intersection(names if both else ())
         self.keep([i for i, name in enumerate(names)
                    if not val or (name in val) == (split == "val")])
@@ -298,8 +299,8 @@ class CocoFolder(Images):
         # One listing of each: a stat for every image takes minutes over a network.
         listed = {folder: {*os.listdir(folder)} for folder in folders if os.path.isdir(folder)}
         for record in images:
-            key = record.get("id")
-            key = key if key and isinstance(key, str) else self.whole("image", record, "id")
+            key = record.get("id") if record.get("id") and isinstance(record["id"], str) else (
+                self.whole("image", record, "id"))
             # LVIS mixes COCO's halves, and names an image's by its address alone.
             name = str(record.get("file_name") or "/".join(
                 str(record.get("coco_url")).split("/")[-2:]))
@@ -442,7 +443,6 @@ def toy_scene(key, size):
 
 def toy_picture(rng, shapes, size):
     """The scene as a PIL image: shapes, later ones on top, on a shaded and noisy ground."""
-    # Two colours of a picture differ by at least 57 levels (97 - 2 * 20) in some channel.
     ground, *colours = [tuple(level + rng.randint(-20, 20) for level in colour)
                         for colour in rng.sample(PALETTE, len(shapes) + 1)]
     part, across = rng.uniform(0, 1), np.linspace(-30, 30, size, dtype=np.float32)

@@ -1,8 +1,9 @@
 """From a trained model to scores, boxes and images with boxes drawn on them.
 
-    python eval.py --weights best.pth --data coco --data-root ...     COCO's numbers, results.json
+    python eval.py --weights best.pth --data my/boxes                 COCO's numbers, results.json
     python eval.py --weights best.pth --images cat.jpg holiday/       boxes drawn, predictions.json
-    python eval.py --weights diffu.pth --images cat.jpg --trajectory  and the way there from noise
+    python eval.py --weights diffu.pth --images toy --trajectory      and the way there from noise
+    python eval.py --weights best.pth --export model.onnx             for other programs
     python eval.py --compare out/dn-toy out/dino-toy                  runs' curves, while they train
     python eval.py --queries out/detr-toy                             where each query looks
 """
@@ -132,7 +133,8 @@ def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True,
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     detections = []
     loader = data.loader(dataset, batches, workers, next(model.parameters()).device)
-    for images, mask, targets in runs.progress(loader, "evaluating", len(batches), progress):
+    show = progress and runs.rank() == 0
+    for images, mask, targets in runs.progress(loader, "evaluating", len(batches), show):
         sizes = torch.stack([target["orig_size"] for target in targets])
         for target, found in zip(targets, answer(model, images, mask, sizes)):
             for score, label, (x0, y0, x1, y1) in zip(*found.values()):
@@ -165,10 +167,10 @@ class Finder:
             return self([images], score, batch_size, watch)[0]
         found = []
         for start in range(0, len(images), batch_size):
-            batch = [image if isinstance(image, Image.Image) else data.read_image(image)
-                     if isinstance(image, (str, os.PathLike)) else Image.fromarray(np.array(image))
+            batch = [data.read_image(image) if isinstance(image, (str, os.PathLike)) else
+                     image if isinstance(image, Image.Image) else Image.fromarray(np.array(image))
                      for image in images[start:start + batch_size]]
-            none = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None
+            none = np.zeros((0, 4), np.float32), np.zeros(0), None  # boxes, labels, randomness
             resized = [self.transform(image.convert("RGB"), *none)[0] for image in batch]
             pixels, mask, _ = data.collate([(data.pil_to_tensor(image), {}) for image in resized])
             sizes = torch.tensor([image.size[::-1] for image in batch])
@@ -190,26 +192,21 @@ def files_of(images):
     for path in map(Path, images):
         if not path.exists():
             raise data.DataError(f"--images {path}: there is no such file or folder")
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file == path or file.suffix.lower() in IMAGE_ENDINGS and not (
-                    file.name.startswith("._") or (file.parent / RESULTS).exists()):  # ._: macOS'
-                taken.append(file)
-            elif file.is_file():
-                left.append(file.name)
-    return taken, left
+        for file in sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path]:
+            fits = file == path or file.suffix.lower() in IMAGE_ENDINGS and not (
+                file.name.startswith("._") or (file.parent / RESULTS).exists())  # ._: macOS' own
+            (taken if fits else left).append(file)
+    return taken, [file.name for file in left]
 
 
 def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4):
-    """Find objects in image files, or all in folders, or in ["toy"] -> a dict per file, as in
-    predictions.json: "file", "picture" (drawn) and "detections", best first, bbox in pixels; or
-    "file", "error"."""
-    results, taken, classes, ids = [], set(), finder.meta["classes"], finder.meta["category_ids"]
-    if images == ["toy"] and not Path("toy").exists():
-        toys = data.open_data("toy", split="val", image_size=finder.size, toy_count=8)
-        sources, left = [(Path(f"toy-{i}"), toys.read(i)[0]) for i in range(len(toys))], []
-    else:
-        files, left = files_of(images)
-        sources = [(file, None) for file in files]
+    """Find objects in image files, folders or ["toy"] -> a dict per file, as in predictions.json:
+    "file", "picture" (drawn) and "detections", best first, bbox in pixels; or "file", "error"."""
+    results, classes, ids = [], finder.meta["classes"], finder.meta["category_ids"]
+    toys = data.open_data("toy", split="val", image_size=finder.size, toy_count=8)
+    files, left = ([], []) if images == ["toy"] else files_of(images)
+    sources = [(file, None) for file in files] or [
+        (Path(f"toy-{i}"), toys.read(i)[0]) for i in range(8) if images == ["toy"]]
     if folder.resolve() in (path.resolve().parent for path, _ in sources):
         raise data.DataError(f"--out {folder} holds images of --images: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,12 +228,11 @@ def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4)
                  "bbox": [x0, y0, x1 - x0, y1 - y0]}
                 for s, c, (x0, y0, x1, y1) in zip(one["scores"], one["labels"], one["boxes"])]
             name = Path(result["file"]).stem
-            while name in taken:  # a/1.jpg and b/1.jpg
-                name += f"-{len(results)}"
-            taken.add(name)
-            result["picture"] = str(folder / f"{name}.jpg")
+            while (picture := folder / f"{name}.jpg").exists():  # a/1.jpg and b/1.jpg
+                name += "-2"
+            result["picture"] = str(picture)
             drawn = draw(image, classes, one["boxes"], one["labels"], one["scores"])
-            drawn.save(result["picture"], quality=92)
+            drawn.save(picture, quality=92)
             if trajectory:
                 steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
                 draw_trajectory(image, steps, drawn, folder / f"{name}-trajectory.png")
@@ -472,20 +468,20 @@ class Exported(torch.nn.Module):
 
 def export(model, size, path):
     """Write the model for square images of `size` pixels, any number at a time: .onnx or .pt2."""
-    images, cfg = torch.randn(2, 3, size, size), model.cfg
-    inputs = {"images": images, "mask": images[:, 0] > 9}
+    images, cfg, batch = torch.randn(2, 3, size, size), model.cfg, torch.export.Dim("batch")
+    inputs, shapes = (images, images[:, 0] > 9), ({0: batch}, {0: batch})
     if cfg.reference == "noise":
-        inputs["noise"] = torch.randn(cfg.sampling_steps + 1, 2, cfg.num_queries, 4)
-    batch, before, msda.BACKEND = torch.export.Dim("batch", min=1), msda.BACKEND, "torch"
-    shapes = {name: {int(name == "noise"): batch} for name in inputs}
-    try:  # deformable attention by grid_sample, which others know
-        program = torch.export.export(Exported(model.cpu().eval()), tuple(inputs.values()),
-                                      dynamic_shapes=tuple(shapes.values()))
+        inputs += (torch.randn(cfg.sampling_steps + 1, 2, cfg.num_queries, 4),)
+        shapes += ({1: batch},)
+    before, msda.BACKEND = msda.BACKEND, "torch"  # grid_sample, which others know
+    try:
+        model = torch.export.export(Exported(model.cpu().eval()), inputs, dynamic_shapes=shapes)
         if path.suffix == ".pt2":
-            torch.export.save(program, path)
-        else:
-            torch.onnx.export(program, f=path, dynamo=True, optimize=False, dynamic_shapes=tuple(
-                shapes.values()), input_names=[*inputs], output_names=["logits", "boxes"])
+            torch.export.save(model, path)
+        else:  # its optimizer leaves graphs that onnxruntime refuses
+            torch.onnx.export(
+                model, f=path, dynamo=True, optimize=False, dynamic_shapes=shapes, verbose=False,
+                input_names=["images", "mask", "noise"], output_names=["logits", "boxes"])
     except ImportError as error:
         raise variants.ConfigError(f"--export: {error}: pip install onnx onnxscript") from None
     finally:

@@ -33,15 +33,13 @@ class Options:
     variant: str = option("diffu", f"one of {', '.join(variants.VARIANTS)} (default: diffu)")
     data: str = option("toy", "toy, coco, or a folder of images and boxes (default: toy)")
     annotations: str = option(None, "the annotation file (default: searched for in --data)")
-    val_share: float = option(0.0, "share of the images to validate on, where no split exists",
-                              high=0.9)
+    val_share: float = option(0.0, "share of images to validate on, if no split exists", high=0.9)
     data_root: str = option(None, "where COCO is (default: $COCO_ROOT, else data/coco)")
     preset: str = option("auto", "the paper's size and recipe (auto: on coco), or one that learns "
                          "from scratch on a CPU (on other data)", "auto", "published", "small")
     out: str = option(None, "the run's folder (default: out/<variant>-<data>)")
     weights: str = option(None, "start from this checkpoint, published or ours (fine-tuning)")
-    overfit: int = option(0, "train and evaluate on the first N training images, as they are",
-                          low=0)
+    overfit: int = option(0, "train and evaluate on the first N training images alone", low=0)
     freeze: str = option("", "comma-separated parts that are not trained, e.g. backbone,encoder")
     seed: int = option(0, "of weights, data order, augmentation and noise (default: 0)", low=0)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:1")
@@ -75,7 +73,7 @@ def add_field(parser, f, told=True):
 
 
 def parse_args(parser, argv, names=()):
-    """parser.parse_args, but an unknown option is one line with the nearest of names or its own."""
+    """parser.parse_args, but an unknown option is one line with the nearest name."""
     args, strange = parser.parse_known_args(argv)
     if strange:
         known = ["--" + name.replace("_", "-") for name in (*names, *vars(args))]
@@ -218,8 +216,7 @@ def describe(run):
 # torchrun starts several. All must call `gather` alike: if one omits a call, the others hang.
 
 def start():
-    """Meet the other processes that torchrun started, if it did; speak line by line, in any
-    terminal's encoding."""
+    """Meet torchrun's other processes, if any; speak line by line, whatever the encoding."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")

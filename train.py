@@ -2,7 +2,7 @@
 
     python train.py                                 toy shapes, DiffuDETR, minutes on two CPU cores
     python train.py --variant dino --data coco      the published recipe (data/coco or $COCO_ROOT)
-    python train.py --variant dino --data my/boxes  any folder in COCO's layout, its own classes
+    python train.py --variant dino --data my/boxes  your own boxes, as a tool exported them (COCO)
     python train.py --resume out/diffu-toy          continue a run that was stopped
     torchrun --nproc_per_node 4 train.py ...        four processes share every step
 """

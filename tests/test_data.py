@@ -159,6 +159,7 @@ def test_data_coco_faults():
             ("image", "images"), ("category", "categories")) for bad in (None, 1.5, True, [])),
         *(("image 2|width", "images", dict(width=bad)) for bad in ("wide", 64.5, [64])),
         ("image id 1|/1.png|/2.png", "images", dict(id=1)),
+        ("category id 9 has two names", "categories", dict(id=9)),
         ("sub/1.png|image id 2|missing", "images", dict(file_name="sub/1.png")),
         ("2.pnq|nearest: 2.png", "images", dict(file_name="2.pnq")),
         ("image 2|leaves the folder", "images", dict(file_name="../../x.png")),
@@ -226,7 +227,7 @@ def test_data_layouts():
         file, images = Path(root, "annotations/instances_train2017.json"), Path(root, "train2017")
         for annotations, pictures in [
                 ("train/_annotations.coco.json", "train"), ("result.json", "images"),
-                ("annotations/instances_default.json", "images/default"), ("my boxes.json", "."),
+                ("annotations/instances_default.json", "images/default"),
                 ("annotations/instances_Train.json", "images/Train")]:
             with tempfile.TemporaryDirectory() as other:
                 shutil.copytree(images, Path(other, pictures), dirs_exist_ok=True)
