@@ -21,7 +21,7 @@ from variants import VITS
 def build_backbone(cfg):
     """The backbone of a Config and its neck; `backbone.divisor` divides the images' sides."""
     if cfg.backbone in VITS:
-        return ViT(cfg), Projector(cfg)
+        return ViT(cfg), Projector(cfg).to(memory_format=torch.channels_last)
     body = ResNet(cfg)
     return body, Neck(cfg, body.channels)
 
@@ -130,18 +130,13 @@ class ViTAttention(nn.Module):
         else:
             self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, x, gamma):
+    def forward(self, x):
         if self.fused:
             bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
             q, k, v = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
         else:
             q, k, v = self.query(x), self.key(x), self.value(x)
-        return scaled(self.proj, gamma, attend(q, k, v, self.heads))
-
-
-def scaled(linear, gamma, x):
-    """gamma * linear(x), where gamma passes over the weights and not over the tokens."""
-    return F.linear(x, gamma[:, None] * linear.weight, gamma * linear.bias)
+        return self.proj(attend(q, k, v, self.heads))
 
 
 class Block(nn.Module):
@@ -160,9 +155,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         seen = self.norm1(x).unflatten(0, (-1, self.windows)).flatten(1, 2)  # tokens seen together
-        x = x + self.drop_path(self.attn(seen, self.gamma_1).view_as(x))
-        y = scaled(self.mlp[2], self.gamma_2, self.mlp[:2](self.norm2(x)))
-        return x + self.drop_path(y)
+        x = torch.addcmul(x, self.gamma_1, self.drop_path(self.attn(seen).view_as(x)))
+        return torch.addcmul(x, self.gamma_2, self.drop_path(self.mlp(self.norm2(x))))
 
 
 class ViT(nn.Module):
@@ -264,15 +258,18 @@ class Projector(nn.Module):
         conv, relu = (partial(ConvNorm, norm_layer=norm, activation_layer=activation)
                       for activation in (nn.SiLU, nn.ReLU))
         half = c // 4 if c > 512 else c // 2  # channels at half the stride
-        finer = lambda: [*([relu(c, c // 2, 1)] if c > 512 else []),
-                         nn.ConvTranspose2d(2 * half, half, 2, 2)]
-        ways = {"finer": (finer, half), "same": (list, c), "coarser": (lambda: [relu(c, c, 3, 2)], c)}
-        ways = [ways[way] for way in {1: ["same"], 2: ["finer", "coarser"]}.get(cfg.levels, ways)]
+
+        def finer():
+            wide = [relu(c, c // 2, 1)] if c > 512 else []
+            return [*wide, nn.ConvTranspose2d(2 * half, half, 2, 2)]
+
+        ways = [(finer, half), (list, c), (lambda: [relu(c, c, 3, 2)], c)]
+        ways = ways[1:2] if cfg.levels == 1 else ways[::2] if cfg.levels == 2 else ways
         self.stages_sampling = nn.ModuleList(nn.ModuleList(
             nn.Sequential(*make()) for _ in range(taps)) for make, _ in ways)
         self.stages = nn.ModuleList(nn.Sequential(
-            C2f(taps * out, cfg.d_model, conv), ChannelNorm(cfg.d_model, eps=1e-6))
-            for _, out in ways)
+            C2f(taps * width, cfg.d_model, conv), ChannelNorm(cfg.d_model, eps=1e-6))
+            for _, width in ways)
 
     def forward(self, maps):
         """Maps [B, c, h, w] -> the levels, finest first: a list of [B, d, h, w]."""

@@ -36,7 +36,7 @@ import train
 import weights
 from matcher import Criterion
 from model import build_model
-from variants import SAMPLING
+from variants import SAMPLING, VARIANTS, recipe
 
 
 def alternate(title, ways, rounds):
@@ -114,6 +114,8 @@ def built(side, name, **options):
     """A model of one side with random weights, and its optimizer."""
     if side == "minDETR":
         model = build_model(name, **options)
+    elif name[:3] in ("lw_", "rf_"):
+        model = vit_of_transformers(name)
     else:
         import transformers as hf
         kind, config, stages, more = {
@@ -130,11 +132,32 @@ def built(side, name, **options):
     return model, torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
 
+def vit_of_transformers(name):
+    """Their LW-DETR or RF-DETR with a row's sizes; they count the blocks that are read from 1."""
+    import transformers as hf
+    row = VARIANTS[name]
+    vit = dict(hidden_size=row.vit_width, num_hidden_layers=row.vit_depth, patch_size=row.patch,
+               num_attention_heads=row.vit_heads, image_size=recipe(name).image_size,
+               out_indices=[int(i) + 1 for i in row.taps.split()])
+    rest = dict(num_labels=row.num_classes, num_queries=row.num_queries, dropout=0.0,
+                group_detr=row.query_groups, decoder_layers=row.decoder_layers,
+                decoder_n_points=row.points)
+    if row.backbone == "dinov2":
+        vit = hf.RfDetrDinov2Config(num_windows=row.windows, **vit)
+        return hf.RfDetrForObjectDetection(hf.RfDetrConfig(backbone_config=vit, **rest))
+    blocks = {*range(row.vit_depth)} - {*map(int, row.global_blocks.split())}
+    vit = hf.LwDetrViTConfig(window_block_indices=sorted(blocks), **vit)
+    return hf.LwDetrForObjectDetection(hf.LwDetrConfig(
+        backbone_config=vit, projector_scale_factors=[1.0], **rest))
+
+
 @cache
-def image_batch(size, count):
-    """Random 4:3 images with so many pixels on the short side, and seven random boxes in each."""
+def image_batch(size, count, square=False):
+    """Random 4:3 images with so many pixels on the short side, or squares, and seven random boxes
+    in each."""
     torch.manual_seed(0)
-    images, labels = torch.randn(count, 3, size, size * 4 // 3), torch.randint(80, (7,))
+    wide = size if square else size * 4 // 3
+    images, labels = torch.randn(count, 3, size, wide), torch.randint(80, (7,))
     targets = [dict(labels=labels, class_labels=labels, boxes=torch.rand(7, 4) * 0.3 + 0.2)] * count
     return images, torch.zeros_like(images[:, 0], dtype=torch.bool), targets
 
@@ -142,7 +165,7 @@ def image_batch(size, count):
 def work(side, what, name, size, count=1, again=False, **options):
     """Detect in images, or take a training step on them; returns the number of parameters."""
     (model, optimizer), training = built(side, name, **options), what == "train"
-    images, mask, targets = image_batch(size, count)
+    images, mask, targets = image_batch(size, count, recipe(name).max_size == 0)
     model.train(training).checkpoint_activations = again
     with torch.set_grad_enabled(training):
         if side == "minDETR":
@@ -160,8 +183,10 @@ def work(side, what, name, size, count=1, again=False, **options):
 
 def bench_infer(args):
     """Each side in a process of its own: what one leaves in memory would speed up the other."""
-    size, spawn = args.size or 800, multiprocessing.get_context("spawn")
-    for name in ("detr", "deformable_two_stage"):
+    spawn, names = multiprocessing.get_context("spawn"), ["detr", "deformable_two_stage"]
+    names += ["lw_tiny", "lw_medium", "rf_nano", "rf_medium"] * (args.what == "infer")
+    for name in args.only.split() or names:
+        size = args.size or recipe(name).image_size
         with ProcessPoolExecutor(1, spawn) as first, ProcessPoolExecutor(1, spawn) as second:
             ways = {side: lambda pool=pool, side=side: pool.submit(
                         work, side, args.what, name, size).result()
@@ -342,7 +367,8 @@ if __name__ == "__main__":
             ("runs", 5, "timed rounds"), ("size", 0, "images' short side (800; of memory: 400)"),
             ("steps", 0, "of the runs of kill (100) or soak (2,000)"), ("data", "toy", "of ablate"),
             ("pictures", 4800, "in each training of ablate"), ("seeds", 2, "of ablate"),
-            ("amp", "none", "of ablate"), ("out", "out/ablate", "of ablate: its folder")):
+            ("only", "", "variants of infer and train"), ("amp", "none", "of ablate"),
+            ("out", "out/ablate", "of ablate: its folder")):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")

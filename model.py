@@ -4,8 +4,8 @@
 
 One class, `Detector`, is the whole family (DETR, Carion 2020; Conditional DETR, Meng 2021;
 DAB-DETR, Liu 2022; Deformable DETR, Zhu 2021; DN-DETR, Li 2022; DINO, Zhang 2023; LW-DETR, Chen
-2024; DiffuDETR, ICLR 2026); a field of `Config` (variants.py) switches each idea on. Read
-`Detector.forward` first: it tells the story in order. Then `encode`, `proposals`, `first_queries`,
+2024; DiffuDETR, ICLR 2026); a field of `Config` (variants.py) switches each idea on. Read first
+`Detector.forward`, which tells the story in order, then `encode`, `proposals`, `first_queries` and
 `decode`.
 
 Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes, d channels, M
@@ -45,8 +45,7 @@ def correct(delta, reference, cfg, eps=None):
     (LW-DETR), r' = (x + f_x w, y + f_y h, w exp f_w, h exp f_h), which may leave [0, 1].
 
     delta [..., 4]; reference [..., 4] in [0, 1], or [..., 2], a point, which has no logit for w and
-    h, or None (DETR: the head alone gives the box); eps: cfg.logit_eps. Boxes are float32 even
-    under autocast.
+    h, or None (DETR: the head alone gives the box). Boxes are float32 even under autocast.
     """
     delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
     if cfg.box_codec == "relative":
@@ -241,7 +240,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, pos, around, read, blocked, t, groups=1):
         """x [B, Q, d] content; pos [B, Q, d] position; around, read, blocked: as the attentions
-        take them; t [B, 4d], of the time, or None; groups: Q's parts that do not see each other."""
+        take them; t [B, 4d], of the time, or None; groups: parts of Q that do not see each other"""
         x = self.modulate(x, t, 0)
         parts = (y.unflatten(1, (groups, -1)).flatten(0, 1) for y in (x, pos))  # [B * groups, ...]
         y = self.self_attn(*parts, blocked).unflatten(0, (-1, groups)).flatten(1, 2)
@@ -269,7 +268,6 @@ class Detector(nn.Module):
         mark = int(cfg.denoising == "dn")  # the last channel of content says: a denoising query
         self.backbone, self.input_proj = build_backbone(cfg)
         self.backbone.to(memory_format=torch.channels_last)
-        self.input_proj.to(memory_format=torch.channels_last)
         if cfg.attention == "deformable" and cfg.encoder_layers:
             self.level_embed = nn.Parameter(torch.empty(cfg.levels, d))
         self.encoder = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.encoder_layers))
@@ -301,13 +299,13 @@ class Detector(nn.Module):
         if cfg.content == "learned":
             self.tgt_embed = nn.Embedding(queries, d - mark)
         if cfg.two_stage:
-            for name, *made in (("output", nn.Linear, d, d), ("output_norm", nn.LayerNorm, d),
-                                ("class_embed", nn.Linear, d, cfg.logits),
-                                ("bbox_embed", MLP, d, d, d, 4)):
-                each = [made[0](*made[1:]) for _ in range(
-                    cfg.query_groups if cfg.group_proposals else 1)]
-                self.add_module("enc_" + name, nn.ModuleList(each) if cfg.group_proposals
-                                else each[0])
+            def made(kind, *sizes):  # one, or one for each query group (LW-DETR)
+                each = [kind(*sizes) for _ in range(cfg.query_groups if cfg.group_proposals else 1)]
+                return nn.ModuleList(each) if cfg.group_proposals else each[0]
+
+            self.enc_output, self.enc_output_norm = made(nn.Linear, d, d), made(nn.LayerNorm, d)
+            self.enc_class_embed = made(nn.Linear, d, cfg.logits)
+            self.enc_bbox_embed = made(MLP, d, d, d, 4)
         if cfg.content == "split" and cfg.reference == "proposals":
             self.pos_trans, self.pos_trans_norm = nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)
         if cfg.denoising != "none":
@@ -329,9 +327,9 @@ class Detector(nn.Module):
             if isinstance(module, MSDeformAttn):  # its own, which Xavier has just overwritten
                 module.reset_parameters()
         class_heads, box_heads = [*self.class_embed], [*self.bbox_embed]
-        if cfg.two_stage:
-            class_heads += self.enc_class_embed if cfg.group_proposals else [self.enc_class_embed]
-            box_heads += self.enc_bbox_embed if cfg.group_proposals else [self.enc_bbox_embed]
+        for _, _, class_head, box_head in self.proposal_heads() if cfg.two_stage else ():
+            class_heads.append(class_head)
+            box_heads.append(box_head)
         for head in class_heads if cfg.class_loss != "ce" else []:
             # A prior of 1%, or the many negatives swamp the first steps (Lin et al. 2017, 3.3).
             nn.init.constant_(head.bias, -math.log(99))
@@ -383,10 +381,10 @@ class Detector(nn.Module):
         denoising, diffuses = cfg.denoising != "none" and self.training, cfg.reference == "noise"
         if self.training and targets is None and (denoising or diffuses):
             raise ValueError("training noises the targets: call model(images, mask, targets)")
-        extra = [-n % self.backbone.divisor for n in images.shape[:1:-1]]  # right, bottom
-        if any(extra):
-            images = F.pad(images, (0, extra[0], 0, extra[1]))
-            mask = F.pad(mask, (0, extra[0], 0, extra[1]), value=True)
+        right, bottom = (-n % self.backbone.divisor for n in images.shape[:1:-1])
+        if right or bottom:  # a ViT's windows are whole
+            images = F.pad(images, (0, right, 0, bottom))
+            mask = F.pad(mask, (0, right, 0, bottom), value=True)
         memory = self.encode(images, mask)
         outputs, chosen = {}, None
         # Where noise and learned content start the queries, inference needs no proposals.
@@ -490,19 +488,21 @@ class Detector(nn.Module):
         B = memory.mask.shape[0]
         grid = torch.cat([memory.centres, side[None, :, None].expand(B, -1, 2)], -1)
         good = (((grid > 0.01) & (grid < 0.99)).all(-1) & ~memory.mask)[..., None]  # [B, S, 1]
-        # A logit of 1 is infinite: no delta moves it. Nor one a box without size.
+        # No delta moves these: the logit of 1 is infinite, a box of size 0 stays it.
         grid = torch.where(good, grid, int(cfg.box_codec == "logit"))
-        heads = self.enc_output, self.enc_output_norm, self.enc_class_embed, self.enc_bbox_embed
-        each = [*zip(*heads)][:groups] if cfg.group_proposals else [heads]
-        parts = zip(*(self.propose(memory.tokens * good, grid, *own) for own in each))
-        logits, boxes, content, chosen = (torch.cat(part, 1) for part in parts)
-        again = groups // len(each)
+        tokens, heads = memory.tokens * good, self.proposal_heads()[:groups]
+        parts = zip(*(self.propose(tokens, grid, *own) for own in heads))
+        logits, boxes, *best = (torch.cat(part, 1) for part in parts)
         return {"logits": logits, "boxes": boxes}, tuple(
-            x.detach().repeat(1, again, 1) for x in (content, chosen))
+            x.detach().repeat(1, groups // len(heads), 1) for x in best)
+
+    def proposal_heads(self):
+        """The modules that propose: one set, or one for each query group (LW-DETR)."""
+        heads = self.enc_output, self.enc_output_norm, self.enc_class_embed, self.enc_bbox_embed
+        return [*zip(*heads)] if self.cfg.group_proposals else [heads]
 
     def propose(self, tokens, grid, output, norm, class_embed, bbox_embed):
-        """One set of heads -> what to supervise, logits and boxes, and the best: memory and boxes.
-        """
+        """One set's logits and boxes to supervise, and the best proposals' memory and boxes."""
         cfg, tokens = self.cfg, norm(output(tokens))
         logits = class_embed(tokens).to(grid)
         score = logits[..., 0] if cfg.proposal_score == "first" else logits.amax(-1)
@@ -581,7 +581,7 @@ class Detector(nn.Module):
 
         Args: read, what each layer's cross-attention reads of the memory; content, pos, reference
         as from `first_queries`; blocked [Q, Q], self-attention's mask, or None; t [B], diffusion
-        time, or None; groups of queries that do not see each other; every_layer, False: only the
+        time, or None; groups, of queries that do not see each other; every_layer, False: only the
         last layer answers (L is 1).
 
         Returns logits [L, B, Q, C], boxes [L, B, Q, 4] and states [L, B, Q, d].

@@ -120,8 +120,9 @@ class Config:
     two_stage: bool = option(False, "the encoder proposes boxes and is supervised")
     group_proposals: bool = option(False, "each query group has its own head for proposals "
                                    "(LW-DETR)", when=PROPOSES)
-    proposal_offsets: bool = option(False, "queries correct their proposals by learned offsets, "
-                                    "all images alike (LW-DETR)", when={"reference": ("proposals",)})
+    proposal_offsets: bool = option(
+        False, "queries correct their proposals by learned offsets, all images alike (LW-DETR)",
+        when={"reference": ("proposals",)})
     content: str = option(
         "zero", "zero (DETR), split (Deformable: half of the position's vector), learned (DINO's "
         "mixed query selection), label (DN-DAB: the embedding of no label) or memory (the best "
@@ -208,7 +209,7 @@ class Config:
              f"backbone={self.backbone}: choose 1, " + ("2 or 3" if vit else "3, 4 or 5")),
             (vit and self.vit_width % self.vit_heads, f"vit_width={self.vit_width}: it must be "
              f"divisible by vit_heads={self.vit_heads}"),
-            (vit and (not taps or taps != [str(n) for n in range(self.vit_depth) if str(n) in taps]),
+            (vit and (taps or [""]) != [str(i) for i in range(self.vit_depth) if str(i) in taps],
              f"taps={self.taps!r}: write rising numbers below vit_depth={self.vit_depth}"),
             (self.box_codec == "relative" and self.reference not in BOXES, "box_codec=relative "
              "counts in references' sizes: write reference=anchors, proposals or noise"),
@@ -436,9 +437,9 @@ SMALL = dict(backbone="resnet18", d_model=128, ffn=512, encoder_layers=2, decode
              num_queries=60, dropout=0.0, dn_queries=20, detections=100)
 SMALL_VIT = dict(vit_width=192, vit_heads=6, patch=8, windows=2, grid=16, d_model=192, heads=8,
                  cross_heads=8, query_groups=5)
-SMALL_RECIPE = dict(epochs=50, lr=5e-4, lr_backbone=5e-4, lr_points=0.3, lr_drop=0.8, warmup=100,
-                    decay_norms=False, ema=0.999, batch_size=16, micro_batch=16, image_size=320,
-                    max_size=533, eval_every=5)
+SMALL_RECIPE = dict(epochs=50, lr=5e-4, lr_backbone=5e-4, lr_points=0.3, lr_layer_decay=1.0,
+                    lr_component_decay=1.0, lr_drop=0.8, warmup=100, decay_norms=False, ema=0.999,
+                    batch_size=16, micro_batch=16, image_size=320, max_size=533, eval_every=5)
 TOY_RECIPE = SMALL_RECIPE | dict(epochs=8, image_size=128, max_size=128, crop=False,
                                  backbone_weights="none", eval_every=2)
 # Changes to a checkpoint's own recipe when training goes on from it, and to any for --overfit.

@@ -358,8 +358,8 @@ def load_backbone(model, which):
                                "write --backbone-norm batch, or --backbone-weights default or PATH")
         return
     if which == "default" and model.cfg.backbone in variants.VITS:
-        raise WeightsError("torchvision has no weights for this ViT: start from a published detector"
-                           " (--weights PATH, or --backbone-weights PATH for its ViT alone), or "
+        raise WeightsError("torchvision has no weights of this ViT: start from a published "
+                           "detector (--weights PATH, or --backbone-weights PATH for its ViT alone), or "
                            "from nothing (--backbone-weights none)")
     if which == "default":
         weights = get_model_weights(model.cfg.backbone)["IMAGENET1K_V1"]

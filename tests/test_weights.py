@@ -71,7 +71,8 @@ def published(name, changes, file, case):
     if model.cfg.levels == 2:  # LW-DETR's two levels, each from four maps
         keys += again(keys, "stages.0.", ["stages.1."])
         layer = [k.partition("cv1.")[2] for k in keys if "stages.0.0.cv1." in k]
-        up, down = ([f"backbone.0.projector.stages_sampling.{i}.{j}." for j in range(4)] for i in (0, 1))
+        up, down = ([f"backbone.0.projector.stages_sampling.{i}.{j}." for j in range(4)]
+                    for i in (0, 1))
         keys += [f"{at}0.{k}" for at in up + down for k in layer]
         keys += [f"{at}1.{k}" for at in up for k in ("weight", "bias")]
     names, own = weights.own_names(keys, model.cfg), model.state_dict()
@@ -174,6 +175,6 @@ def test_weights_backbone():
             refused(words, weights.load_backbone, other, which)
     own, another = (build_model("lw_tiny", vit_width=24, decoder_layers=1) for _ in range(2))
     weights.load_backbone(own, another.state_dict())
-    assert torch.equal(own.backbone.blocks[5].mlp[0].weight, another.backbone.blocks[5].mlp[0].weight)
+    assert torch.equal(*(m.backbone.blocks[5].mlp[0].weight for m in (own, another)))
     refused("published detector|--weights PATH|none", weights.load_backbone, own, "default")
     weights.load_backbone(own, "none")
