@@ -463,7 +463,7 @@ def test_model_every_row():
             ("deformable_refine", dict(look_forward_twice=True)), ("dn", dict(decoder_norm=True)),
             ("deformable", dict(levels=5)), ("dn", dict(reference="noise")),
             ("diffu", dict(denoising="cdn", look_forward_twice=True)),
-            ("dino", dict(content="memory", query_groups=2)), ("dn", dict(decoder_layers=1)),
+            ("dino", dict(content="memory")), ("dn", dict(decoder_layers=1)),
             ("diffu", dict(time="scale_shift", content="memory")),
             ("deformable", dict(content="zero")), ("detr", dict(reference="anchors")),
             ("detr", dict(refine=True)), ("conditional", dict(refine=True, content="split")),
