@@ -125,28 +125,52 @@ def coco_metrics(truth, detections, image_ids, table=False):
     return dict(zip(METRICS, scorer.stats.tolist()))
 
 
-def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True, table=False):
+def mistakes(boxes, labels, truth, true_labels):
+    """Boxes [K,4] xyxy, best first, that fit no true box of their label at an IoU of 0.5, and true
+    boxes that none fits -> (indices of false alarms, of misses)."""
+    iou = box_iou(*(torch.tensor(np.array(side), dtype=torch.float64).reshape(-1, 4)
+                    for side in (boxes, truth))).tolist()
+    free, wrong = {*range(len(truth))}, []
+    for n, label in enumerate(labels):
+        fitting = [m for m in free if true_labels[m] == label and iou[n][m] >= 0.5]
+        if fitting:
+            free.remove(max(fitting, key=iou[n].__getitem__))
+        else:
+            wrong.append(n)
+    return wrong, sorted(free)
+
+
+def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True, table=False,
+             score=SCORE):
     """Run the model over a data set of data.py, or its first `limit` images -> (metrics,
-    detections) as in `coco_metrics`. Processes share the images; all get the answer."""
+    detections) as in `coco_metrics`, and {index: number of `mistakes` from `score` on}. Processes
+    share the images; all get the answer."""
     image_ids = list(dataset.image_ids)[:limit]
     mine = range(runs.rank(), len(image_ids), runs.world())
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    detections = []
+    detections, wrong, indices = [], {}, iter(mine)
     loader = data.loader(dataset, batches, workers, next(model.parameters()).device)
     show = progress and runs.rank() == 0
     for images, mask, targets in runs.progress(loader, "evaluating", len(batches), show):
         sizes = torch.stack([target["orig_size"] for target in targets])
-        for target, found in zip(targets, answer(model, images, mask, sizes)):
-            for score, label, (x0, y0, x1, y1) in zip(*found.values()):
+        for target, found, i in zip(targets, answer(model, images, mask, sizes), indices):
+            boxes, labels = [], []  # those to be shown
+            for sure, label, (x0, y0, x1, y1) in zip(*found.values()):
                 # A head may have labels without a category in this data (11 of COCO's 91).
                 if (key := dataset.category_ids[label]) in dataset.label_of:
                     detections.append({"image_id": target["image_id"], "category_id": key,
-                                       "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score})
+                                       "bbox": [x0, y0, x1 - x0, y1 - y0], "score": sure})
+                    boxes += [[x0, y0, x1, y1]] * (sure >= score)
+                    labels += [label] * (sure >= score)
+            truth = box_convert(target["boxes"], "cxcywh", "xyxy")
+            truth = (truth * target["orig_size"].flip(0).repeat(2)).tolist()
+            wrong[i] = sum(map(len, mistakes(boxes, labels, truth, target["labels"].tolist())))
     detections = sum(runs.gather(detections), [])
     metrics = None
     if runs.rank() == 0:
         metrics = coco_metrics(dataset.ground_truth(), detections, image_ids, table)
-    return runs.gather(metrics)[0], detections
+    wrong = {i: n for share in runs.gather(wrong) for i, n in share.items()}
+    return runs.gather(metrics)[0], detections, wrong
 
 
 # ============================================================= images with boxes drawn, and curves
@@ -242,37 +266,6 @@ def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4)
     return results
 
 
-def mistakes(boxes, labels, truth, true_labels):
-    """Boxes [K,4] xyxy, best first, that fit no true box of their label at an IoU of 0.5, and true
-    boxes that none fits -> (indices of false alarms, of misses)."""
-    iou = box_iou(*(torch.tensor(np.array(side), dtype=torch.float64).reshape(-1, 4)
-                    for side in (boxes, truth))).tolist()
-    free, wrong = {*range(len(truth))}, []
-    for n, label in enumerate(labels):
-        fitting = [m for m in free if true_labels[m] == label and iou[n][m] >= 0.5]
-        if fitting:
-            free.remove(max(fitting, key=iou[n].__getitem__))
-        else:
-            wrong.append(n)
-    return wrong, sorted(free)
-
-
-def most_wrong(dataset, detections, image_ids, score=SCORE, count=8):
-    """Indices of the images with the most false alarms and misses, most first."""
-    place = {key: i for i, key in enumerate(image_ids)}
-    sides = [[([], []) for _ in place] for _ in range(2)]
-    rows = [(int(i), dataset.category_ids[int(label)], box)
-            for i, label, crowd, _, *box in dataset.rows() if not crowd and i < len(place)]
-    found = [(place[one["image_id"]], one["category_id"], one["bbox"])
-             for one in detections if one["score"] >= score]
-    for side, records in zip(sides, (found, rows)):
-        for i, label, (x, y, w, h) in records:
-            side[i][0].append([x, y, x + w, y + h])
-            side[i][1].append(label)
-    wrong = Counter({i: sum(map(len, mistakes(*a, *b))) for i, (a, b) in enumerate(zip(*sides))})
-    return [i for i, n in wrong.most_common(count) if n]
-
-
 def picture_grid(model, dataset, path, chosen, score=SCORE):
     """Write one sheet: the images of these indices, truth beside predictions, mistakes marked."""
     panels, classes = [], dataset.classes
@@ -284,8 +277,8 @@ def picture_grid(model, dataset, path, chosen, score=SCORE):
         truth, labels = truth.tolist(), target["labels"].tolist()
         (found,) = answer(model, pixels, mask, torch.tensor([image.size[::-1]]), score)
         wrong, missed = mistakes(found["boxes"], found["labels"], truth, labels)
-        marks = {n: "false alarm" for n in wrong} | {
-            len(found["boxes"]) + n: "missed" for n in range(len(missed))}
+        K, marks = len(found["boxes"]), dict.fromkeys(wrong, "false")
+        marks |= {K + n: "missed" for n in range(len(missed))}
         panels += [("ground truth", draw(image, classes, truth, labels)), (
             f"score {score:g} or more: {len(missed)} missed, {len(wrong)} false", draw(
                 image, classes, found["boxes"] + [truth[m] for m in missed],
@@ -304,8 +297,6 @@ def draw(image, classes, boxes, labels, scores=(), marks=None):
                COLOURS[label % 1000] for n, label in enumerate(labels)]
     for n, box in enumerate(boxes):
         pen.rectangle([*box], outline=colours[n], width=max(3, longest // 250))
-        if n in marks:
-            pen.line([*box], colours[n])
     texts = []  # their places: x0, y0, x1, y1
     for n, (x0, y0, _, _) in enumerate(boxes):
         score = f"{scores[n]:.2f}" if n < len(scores) else ""
@@ -527,13 +518,12 @@ def run(argv):
         print(*lines, f"picture: {out}", sep="\n")
         return 0
     sampling = {k: v for k in variants.SAMPLING if (v := getattr(args, k)) is not None}
-    model, meta = weights.load_checkpoint(args.weights, **sampling)
+    finder = load(args.weights, args.device, args.image_size, **sampling)
+    model, meta = finder.model, finder.meta
     if (args.trajectory or sampling) and model.cfg.reference != "noise":
         raise variants.ConfigError("--trajectory and the sampler's options: for diffusion models")
     if why := variants.idle(sampling, model.cfg):
         raise variants.ConfigError(why)
-    model.to(runs.own_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
-    finder = Finder(model, meta, args.image_size)
     if args.export:
         export(model, finder.size, args.export)
         print(f"images of {finder.size} x {finder.size} pixels: {args.export}")
@@ -553,12 +543,12 @@ def run(argv):
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long run, not after it
-    _, detections = evaluate(model, dataset, args.batch_size, workers=args.workers,
-                             limit=args.limit, table=True)
+    _, detections, wrong = evaluate(model, dataset, args.batch_size, args.workers, args.limit,
+                                    table=True, score=args.score)
     if runs.rank() == 0:
         out.write_text(json.dumps(detections))
         image_ids = dataset.image_ids[:args.limit]
-        if chosen := most_wrong(dataset, detections, image_ids, args.score):
+        if chosen := [i for i, n in Counter(wrong).most_common(8) if n]:
             picture_grid(model, dataset, out.with_name("mistakes.png"), chosen, args.score)
         print(f"{len(image_ids)} of {len(dataset)} images: {out}, mistakes.png")
     runs.stop()

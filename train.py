@@ -118,8 +118,7 @@ class Run:
             runs.save(self.out / name, checkpoint, keep)
 
     def test_if_due(self):
-        """At the end of every `eval_every`th epoch and of the run: evaluate the average of the
-        weights, or else the weights, and keep the best."""
+        """At the end of an `eval_every`th epoch and of the run: evaluate, and keep the best."""
         between = self.step < self.total and self.step % (self.per_epoch * self.recipe.eval_every)
         if self.step <= self.tested or between:
             return
@@ -128,7 +127,7 @@ class Run:
         for buffer in model.buffers() if runs.world() > 1 else ():  # batch norm's statistics are
             torch.distributed.broadcast(buffer, 0)  # each process's own; process 0's are saved
         with self.autocast():
-            metrics, _ = evaluation.evaluate(
+            metrics, *_ = evaluation.evaluate(
                 model, self.val_set, self.recipe.micro_batch, self.options["workers"], limit,
                 progress=self.first)
         self.tested = self.step

@@ -66,7 +66,8 @@ def test_eval_scores_data():
         words = f"--weights {folder}/x.pth --data toy --limit 4 --device cpu --workers 0"
         code, said = command(words, model, meta(dataset))  # the other 196 are not misses
         assert code == 0 and "= 1.000" in said and "4 of 200 images" in said, said
-        assert "AP 1.000 of circle (" in said and not Path(folder, "mistakes.png").exists()
+        assert "AP 1.000 of circle (" in said, said
+        assert not Path(folder, "mistakes.png").exists()
         found = json.loads(Path(folder, "results-4.json").read_text())
         assert found[0].keys() == {"image_id", "category_id", "bbox", "score"}
         assert {d["category_id"] for d in found} <= {*range(1, 6)}
@@ -79,16 +80,11 @@ def test_eval_scores_data():
 
 
 def test_eval_mistakes():
-    """One to one, best first, by class and an IoU of 0.5; images by their number of mistakes."""
+    """One to one, best first, by class and an IoU of 0.5."""
     truth = [[0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 30]]
     boxes = [[0, 0, 10, 8], [0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 24]]
     assert evaluation.mistakes(boxes, [1, 1, 2, 1], truth, [1, 1, 1]) == ([1, 2, 3], [1, 2])
     assert evaluation.mistakes([], [], truth, [1, 1, 1]) == ([], [0, 1, 2])
-    rows = [(i, 0, crowd, 25, 0, 0, 5, 5) for i, crowd in ((1, 0), (2, 0), (2, 0), (0, 1), (3, 0))]
-    few = SimpleNamespace(rows=lambda: rows, category_ids=[7])
-    found = [dict(image_id=key, category_id=7, bbox=[0, 0, 5, 5], score=score)
-             for key, score in ((11, 0.9), (12, 0.1))]
-    assert evaluation.most_wrong(few, found, [10, 11, 12]) == [2]
 
 
 def test_eval_metrics_of_known_cases():
@@ -123,7 +119,7 @@ def test_eval_drawing():
     one, crowd = (evaluation.draw(image, ["cat"], [box] * n, [0] * n, [0.9] * n) for n in (1, 9))
     assert np.array_equal(one, crowd)
     marked = np.asarray(evaluation.draw(image, ["cat"], [box], [0], [0.9], {0: "missed"}))
-    assert (marked[200, 100] == 255).all() and (marked[100:, 110:290] != 128).any()
+    assert (marked[200, 100] == 255).all()
 
 
 def test_eval_compare():
@@ -222,13 +218,18 @@ def test_eval_trajectory():
 
 def test_eval_wrong_commands_and_sampler_options():
     """Errors are one clear line; every option of the sampler reaches the checkpoint's model."""
+    def fake(cfg):
+        model = mock.Mock(cfg=cfg)
+        model.to.return_value = model
+        return model
+
     for words, hint in (("--weights x", "--data"), ("--data toy", "--weights is missing"),
                         ("--weights x --data toy --sampling-steps 3", "diffusion"),
                         ("--weights x --images a --trajectory", "diffusion"),
                         ("--compare nowhere", "nowhere")):
-        code, said = command(words, SimpleNamespace(cfg=FOCAL), {})
+        code, said = command(words, fake(FOCAL), meta(toy(1)))
         assert code == 2 and "error: " in said and hint in said, (words, said)
-    checkpoint = SimpleNamespace(cfg=variants.diffu.but(sampling_steps=1)), {}
+    checkpoint = fake(variants.diffu.but(sampling_steps=1)), meta(toy(1))
     with mock.patch.object(weights, "load_checkpoint", return_value=checkpoint) as load:
         _, said = command("--weights x --data toy --sampling-steps 1 --eta 0.5 --no-renewal "
                           "--sampler ddim --ensemble-nms 0.6")

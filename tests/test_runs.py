@@ -117,7 +117,12 @@ def test_train_whole_path_and_fine_tuning():
 
         more = ["--weights", f"{out}/best.pth", *start[:2], "--steps", "1", "--workers", "0",
                 "--batch-size", "2", "--out"]
-        says([*more, f"{folder}/same", "--image-size", "64"], 0, "none new", "crop=True")
+        cut = ["--data", f"{start[1]}/train2017", "--annotations",
+               f"{start[1]}/annotations/instances_train2017.json"]
+        says([*more, f"{folder}/same", "--image-size", "64", *cut, "--val-share", "0.3"], 0,
+             "none new", "crop=True", "train: 4 images", "val:   2 images")
+        code, said = run_quietly(["--weights", f"{folder}/same/best.pth", *cut], evaluation.main)
+        assert code == 0 and "2 of 2 images" in said, said
         for split in ("val", "train"):
             file = Path(start[1], "annotations", f"instances_{split}2017.json")
             file.write_text(file.read_text().replace('"circle"', '"zebra"'))
