@@ -415,9 +415,9 @@ def query_habits(model, dataset, batch_size=4, workers=0, limit=None):
     return torch.cat([batch[:, :least] for batch in centres]), torch.cat([torch.zeros(0), *near])
 
 
-def draw_queries(folders, out, **loading):
+def draw_queries(folders, out, batch_size=4, workers=0, limit=None):
     """Query specialization (DETR, section 4.3): a panel for every run of each query's mean centre
-    over the run's validation images, coloured by how far it strays from there -> a line for every
+    over the images that the run is scored on, coloured by how far it strays from there -> a line a
     run: that, and how many near misses score above 0.5 (DINO's contrast should reject them). Where
     queries start from proposals or noise, a query is a rank or a draw, and only the last counts."""
     from matplotlib.figure import Figure
@@ -425,11 +425,12 @@ def draw_queries(folders, out, **loading):
     for axis, folder in zip(figure.subplots(1, len(folders), squeeze=False)[0], folders):
         finder = load(Path(folder) / "best.pth")
         chosen, meta = json.loads((Path(folder) / "run.json").read_text())["run"], finder.meta
+        split, limit = ("train", chosen["overfit"]) if chosen["overfit"] else ("val", limit)
         dataset = data.open_data(
-            chosen["data"], chosen["data_root"], "val", finder.transform,
+            chosen["data"], chosen["data_root"], split, finder.transform,
             dict(zip(meta["category_ids"], meta["classes"])), finder.size,
-            annotations=chosen["annotations"], held_out=meta["held_out"])
-        centres, near = query_habits(finder.model, dataset, **loading)
+            annotations=chosen.get("annotations"), held_out=meta["held_out"])
+        centres, near = query_habits(finder.model, dataset, batch_size, workers, limit)
         x, y = centres.mean(0).T
         strays = (centres - centres.mean(0)).norm(dim=-1).mean(0)
         points = axis.scatter(x, y, c=strays, vmin=0, cmap="viridis")
@@ -514,7 +515,7 @@ def run(argv):
         out = args.out or Path("out/compare.png" if args.compare else "out/queries.png")
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = compare_runs(args.compare, out) if args.compare else draw_queries(
-            args.queries, out, batch_size=args.batch_size, workers=args.workers, limit=args.limit)
+            args.queries, out, args.batch_size, args.workers, args.limit)
         print(*lines, f"picture: {out}", sep="\n")
         return 0
     sampling = {k: v for k in variants.SAMPLING if (v := getattr(args, k)) is not None}

@@ -145,7 +145,7 @@ def test_eval_queries():
         boxes[7] = boxes[0]  # the same with a low score
     first, second = (boxes[:, :2] for _, boxes in model.answers.values())
     with tempfile.TemporaryDirectory() as folder:
-        run = {"data": "toy", "data_root": None, "annotations": None}
+        run = {"data": "toy", "data_root": None, "overfit": 0}
         Path(folder, "run.json").write_text(json.dumps({"run": run}))
         code, said = command(f"--queries {folder} --out {folder}/q.png --limit 2 --workers 0",
                              model, meta(toy(2)))

@@ -274,8 +274,8 @@ def noise_by_image(targets, cfg, generator=None, original=diffusion.noised_refer
 
 def gradients_of(name, counts, mine, wrap=lambda model: model):
     """Losses and gradients on four images with so many boxes; this process's micro-batches."""
-    built = small(name, backbone_norm="frozen", label_noise=0.0, box_noise=0.0, d_model=64,
-                  ffn=64).double()
+    built = small(name, backbone_norm="frozen", projector_norm="layer", label_noise=0.0,
+                  box_noise=0.0, d_model=64, ffn=64).double()
     built.backbone.requires_grad_(name == "detr")  # once: it is large, and the same for all
     images, mask, targets = batch(counts, size=64)
     targets = [t | {"boxes": t["boxes"].double()} for t in targets]
