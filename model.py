@@ -339,8 +339,9 @@ class Detector(nn.Module):
                 nn.init.zeros_(projection[0].bias)
         if hasattr(self, "level_embed"):
             nn.init.normal_(self.level_embed)
-        # Heads that correct a box: all but DETR's, which are an MLP as any.
-        for head in box_heads[len(self.bbox_embed) * (cfg.reference == "none"):]:
+        if cfg.reference == "none":  # DETR's heads correct no box: they are an MLP as any
+            box_heads = box_heads[len(self.bbox_embed):]
+        for head in box_heads:
             head.load_state_dict(self.bbox_embed[0].state_dict())
             nn.init.zeros_(head[-1].weight)  # the first boxes are the references
             nn.init.zeros_(head[-1].bias)
