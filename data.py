@@ -240,12 +240,6 @@ def plain(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def number(value):
-    """A finite number, as such or written as text; or None."""
-    value = value if type(value) is float else plain(value)
-    return value if type(value) in (int, float) and abs(value) < 1e99 else None
-
-
 class CocoFolder(Images):
     """A folder of images whose annotations are judged when it is opened: what has one meaning is
     kept, and counted in the summary where it is unusual; the rest is a DataError.
@@ -323,14 +317,13 @@ class CocoFolder(Images):
         place = {key: i for i, key in enumerate(self.image_ids)}
         self.raw = np.empty((len(annotations), 8))
         for n, record in enumerate(annotations):
-            box = plain(record.get("bbox"))
-            box = [number(v) for v in box] if isinstance(box, list) and len(box) == 4 else [None]
-            if None in box:
+            box, crowd, area = (plain(record.get(key)) for key in ("bbox", "iscrowd", "area"))
+            box = [v if type(v) is float else plain(v) for v in box] if type(box) is list else []
+            if len(box) != 4 or not all(type(v) in (int, float) and abs(v) < 1e99 for v in box):
                 self.refuse("annotation", record, "bbox", "it must be four finite numbers")
-            crowd, area = plain(record.get("iscrowd")), number(record.get("area"))
             if crowd not in (None, "", 0, 1):
                 self.refuse("annotation", record, "iscrowd", "it must be 0 or 1")
-            if area is None or area < 0:
+            if type(area) not in (int, float) or not 0 <= area < 1e99:
                 self.notes["areas recomputed"] += record.get("area") is not None
                 area = box[2] * box[3]
             self.raw[n] = (self.listed(record, "image_id", place), self.listed(
