@@ -452,7 +452,7 @@ class ToyShapes(Images):
     def __init__(self, count, size=128, seed=0, transform=None, known=None):
         self.size, self.seed, self.transform = size, seed, transform
         self.image_ids = list(range(1, count + 1))
-        self.sizes = [(size, size)] * count
+        self.sizes, self.names = [(size, size)] * count, np.array([], str)  # no files
         self.name_labels([dict(id=i, name=name) for i, name in enumerate(OUTLINES, 1)],
                          known, "toy shapes")
         self.labels, self.offsets = np.zeros(0, int), np.zeros(count + 1, int)
