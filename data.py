@@ -255,7 +255,9 @@ class CocoFolder(Images):
         for record in coco["categories"]:
             record["id"] = self.whole("category", record, "id")
         self.name_labels(coco["categories"], known, self.file)
-        self.find_images(coco["images"], NAMES["train" if both else split])
+        parts = NAMES[split] if not both else sorted(  # the file's own name first
+            NAMES["train"] + NAMES["val"], key=lambda name: name not in os.path.basename(self.file))
+        self.find_images(coco["images"], parts)
         self.judge(coco["annotations"])
         names = self.names.tolist()
         if both and share:
@@ -279,8 +281,9 @@ class CocoFolder(Images):
     def find_images(self, images, parts):
         """COCO's list of images -> image_ids [N], names [N] (paths below root), sizes [N,2]."""
         paths, sizes, root = {}, {}, os.path.join(self.root, "")
-        folders = [os.path.join(self.root, up, part) for part in (*parts, "default", "")
-                   for up in ("", "images")] + [os.path.dirname(os.path.abspath(self.file))]
+        folders = [os.path.dirname(os.path.abspath(self.file))] + [
+            os.path.join(self.root, up, part) for part in (*parts, "default", "")
+            for up in ("", "images")]
         # One listing of each: a stat for every image takes minutes over a network.
         listed = {folder: {*os.listdir(folder)} for folder in folders if os.path.isdir(folder)}
         for record in images:
@@ -297,9 +300,9 @@ class CocoFolder(Images):
                 self.refuse("image", record, "file_name", f"which leaves the folder {self.root}")
             if not path:
                 near = get_close_matches(name, {*sum(map(list, listed.values()), [])}, 1)
-                raise DataError(f"{os.path.join(next(iter(listed)), name)} (image id {key}) is "
-                                f"missing{''.join(f', nearest: {other}' for other in near)}. Add "
-                                f"it, or remove it from {self.file}.")
+                raise DataError(f"{name} (image id {key}) is missing below {self.root}"
+                                f"{''.join(f', nearest: {other}' for other in near)}. Add it, or "
+                                f"remove it from {self.file}.")
             if paths.setdefault(key, path) != path:
                 raise DataError(f"{self.file}: image id {key} is {paths[key]} and {path}.")
             sides = [0 if record.get(side) in (None, "") else self.whole("image", record, side)
