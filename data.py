@@ -249,12 +249,6 @@ def plain(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def number(value):
-    """A finite number, as such or written as text; or None."""
-    value = value if type(value) is float else plain(value)
-    return value if type(value) in (int, float) and abs(value) < 1e99 else None
-
-
 class CocoFolder(Images):
     """A folder of images whose annotations are judged when it is opened: what has one meaning is
     kept, and counted in the summary where it is unusual; the rest is a DataError.
@@ -270,7 +264,9 @@ class CocoFolder(Images):
         for record in coco["categories"]:
             record["id"] = self.whole("category", record, "id")
         self.name_labels(coco["categories"], known, self.file)
-        self.find_images(coco["images"], NAMES["train" if both else split])
+        parts = NAMES[split] if not both else sorted(  # the file's own name first
+            NAMES["train"] + NAMES["val"], key=lambda name: name not in os.path.basename(self.file))
+        self.find_images(coco["images"], parts)
         self.judge(coco["annotations"])
         names = self.names.tolist()
         if both and share:
@@ -294,8 +290,9 @@ class CocoFolder(Images):
     def find_images(self, images, parts):
         """COCO's list of images -> image_ids [N], names [N] (paths below root), sizes [N,2]."""
         paths, sizes, root = {}, {}, os.path.join(self.root, "")
-        folders = [os.path.join(self.root, up, part) for part in (*parts, "default", "")
-                   for up in ("", "images")] + [os.path.dirname(os.path.abspath(self.file))]
+        folders = [os.path.dirname(os.path.abspath(self.file))] + [
+            os.path.join(self.root, up, part) for part in (*parts, "default", "")
+            for up in ("", "images")]
         # One listing of each: a stat for every image takes minutes over a network.
         listed = {folder: {*os.listdir(folder)} for folder in folders if os.path.isdir(folder)}
         for record in images:
@@ -312,9 +309,9 @@ class CocoFolder(Images):
                 self.refuse("image", record, "file_name", f"which leaves the folder {self.root}")
             if not path:
                 near = get_close_matches(name, {*sum(map(list, listed.values()), [])}, 1)
-                raise DataError(f"{os.path.join(next(iter(listed)), name)} (image id {key}) is "
-                                f"missing{''.join(f', nearest: {other}' for other in near)}. Add "
-                                f"it, or remove it from {self.file}.")
+                raise DataError(f"{name} (image id {key}) is missing below {self.root}"
+                                f"{''.join(f', nearest: {other}' for other in near)}. Add it, or "
+                                f"remove it from {self.file}.")
             if paths.setdefault(key, path) != path:
                 raise DataError(f"{self.file}: image id {key} is {paths[key]} and {path}.")
             sides = [0 if record.get(side) in (None, "") else self.whole("image", record, side)
@@ -332,14 +329,13 @@ class CocoFolder(Images):
         place = {key: i for i, key in enumerate(self.image_ids)}
         self.raw = np.empty((len(annotations), 8))
         for n, record in enumerate(annotations):
-            box = plain(record.get("bbox"))
-            box = [number(v) for v in box] if isinstance(box, list) and len(box) == 4 else [None]
-            if None in box:
+            box, crowd, area = (plain(record.get(key)) for key in ("bbox", "iscrowd", "area"))
+            box = [v if type(v) is float else plain(v) for v in box] if type(box) is list else []
+            if len(box) != 4 or not all(type(v) in (int, float) and abs(v) < 1e99 for v in box):
                 self.refuse("annotation", record, "bbox", "it must be four finite numbers")
-            crowd, area = plain(record.get("iscrowd")), number(record.get("area"))
             if crowd not in (None, "", 0, 1):
                 self.refuse("annotation", record, "iscrowd", "it must be 0 or 1")
-            if area is None or area < 0:
+            if type(area) not in (int, float) or not 0 <= area < 1e99:
                 self.notes["areas recomputed"] += record.get("area") is not None
                 area = box[2] * box[3]
             self.raw[n] = (self.listed(record, "image_id", place), self.listed(
@@ -468,7 +464,7 @@ class ToyShapes(Images):
     def __init__(self, count, size=128, seed=0, transform=None, known=None):
         self.size, self.seed, self.transform = size, seed, transform
         self.image_ids = list(range(1, count + 1))
-        self.sizes = [(size, size)] * count
+        self.sizes, self.names = [(size, size)] * count, np.array([], str)  # no files
         self.name_labels([dict(id=i, name=name) for i, name in enumerate(OUTLINES, 1)],
                          known, "toy shapes")
         self.labels, self.offsets = np.zeros(0, int), np.zeros(count + 1, int)

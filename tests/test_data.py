@@ -240,6 +240,8 @@ def test_data_layouts():
                 assert opened(split="val", held_out=held_out).names.tolist() == held_out
                 refused("one annotation file|--val-share", opened, split="val", share=0)
         assert len(data.open_data(images, split="val", annotations=file)) == 3
+        other = data.open_data(root, annotations=str(file).replace("train", "val"))
+        assert other.names.tolist() == [f"val2017/{i}.png" for i in (1, 2, 3)]
         refused("has a validation split", data.open_data, root, share=0.1)
         refused(f"{root}s is missing|mean {Path(root).name}", data.open_data, root + "s")
         shutil.move(file, Path(root, "annotations", "instances_tain.json"))
