@@ -212,8 +212,8 @@ class Config:
             (vit and (not self.taps or any(words.split() != [
                 n for n in map(str, range(self.vit_depth)) if n in words.split()]
                 for words in (self.taps, self.global_blocks))),
-             f"taps={self.taps!r}, global_blocks={self.global_blocks!r}: write rising numbers from 0 "
-             f"to below vit_depth={self.vit_depth}"),
+             f"taps={self.taps!r}, global_blocks={self.global_blocks!r}: write rising numbers below "
+             f"vit_depth={self.vit_depth}"),
             (self.box_codec == "relative" and self.reference not in BOXES, "box_codec=relative "
              "counts in references' sizes: write reference=anchors, proposals or noise"),
             (self.levels > 1 and not deformable,
