@@ -74,6 +74,7 @@ def test_variants_contradictions_say_what_to_write():
             ("detr", dict(levels=2), "1, 3"), ("detr", dict(levels=4), "levels=1"),
             ("lw_tiny", dict(levels=4), "1, 2 or 3"), ("lw_tiny", dict(taps="1 6"), "vit_depth=6"),
             ("lw_tiny", dict(taps=""), "rising"), ("lw_tiny", dict(vit_heads=7), "vit_heads=7"),
+            ("lw_tiny", dict(global_blocks="2, 4"), "rising"),
             ("lw_tiny", dict(cross_heads=7), "divide d_model"),
             ("detr", dict(box_codec="relative"), "reference=anchors"),
             ("detr", dict(heads=7), "heads"), ("detr", dict(heads=2.5), "whole"),
@@ -608,8 +609,8 @@ def test_model_an_image_with_fewer_tokens_than_queries():
 
 
 def test_model_learns():
-    """A few dozen steps on four images must lower the loss by a good part, for each of the five."""
-    for name in ("detr", "deformable", "dn", "dino", "diffu"):
+    """A few dozen steps on four images must lower the loss by a good part."""
+    for name in ("detr", "deformable", "dn", "dino", "diffu", "lw_tiny", "rf_nano"):
         built, dataset, history = small(name), data.ToyShapes(4, size=64), []
         images, mask, targets = data.collate([dataset[i] for i in range(4)])
         optimizer = torch.optim.AdamW(built.parameters(), 5e-4)

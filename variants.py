@@ -197,7 +197,6 @@ class Config:
     def __post_init__(self):
         check(self)
         deformable, vit = self.attention == "deformable", self.backbone in VITS
-        taps = self.taps.split()
         boxes = self.reference in BOXES and self.content != "split"  # positions are made of boxes
         for bad, message in [
             (self.d_model % (32 if deformable else 4) or self.d_model % self.heads,
@@ -209,8 +208,11 @@ class Config:
              f"backbone={self.backbone}: choose 1, " + ("2 or 3" if vit else "3, 4 or 5")),
             (vit and self.vit_width % self.vit_heads, f"vit_width={self.vit_width}: it must be "
              f"divisible by vit_heads={self.vit_heads}"),
-            (vit and (taps or [""]) != [str(i) for i in range(self.vit_depth) if str(i) in taps],
-             f"taps={self.taps!r}: write rising numbers below vit_depth={self.vit_depth}"),
+            (vit and (not self.taps or any(words.split() != [
+                n for n in map(str, range(self.vit_depth)) if n in words.split()]
+                for words in (self.taps, self.global_blocks))),
+             f"taps={self.taps!r}, global_blocks={self.global_blocks!r}: write rising numbers "
+             f"below vit_depth={self.vit_depth}"),
             (self.box_codec == "relative" and self.reference not in BOXES, "box_codec=relative "
              "counts in references' sizes: write reference=anchors, proposals or noise"),
             (self.levels > 1 and not deformable,

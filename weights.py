@@ -310,7 +310,8 @@ def fine_tune(model, source, same_classes):
     old = state_of(checkpoint, label).get("label_enc.weight")
     if model.cfg.content == "label" and old is not None:  # its last row is no class, but content
         model.label_enc.weight.data[-1] = old[-1]
-    modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in fresh))
+    modules = ", ".join(dict.fromkeys(
+        re.sub(r"^(enc_\w+)\.\d+$", r"\1", name.rpartition(".")[0]) for name in fresh))
     new = f"new, for {model.cfg.num_classes} classes: {modules}" if fresh else "none new"
     return f"{label}: {len(loaded)} tensors kept; {new}"
 
@@ -359,8 +360,8 @@ def load_backbone(model, which):
         return
     if which == "default" and model.cfg.backbone in variants.VITS:
         raise WeightsError("torchvision has no weights of this ViT: start from a published "
-                           "detector (--weights PATH, or --backbone-weights PATH for its ViT alone), or "
-                           "from nothing (--backbone-weights none)")
+                           "detector (--weights PATH, or --backbone-weights PATH for its ViT "
+                           "alone), or from nothing (--backbone-weights none)")
     if which == "default":
         weights = get_model_weights(model.cfg.backbone)["IMAGENET1K_V1"]
         label = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
