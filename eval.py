@@ -473,7 +473,8 @@ def export(model, size, path):
         else:  # its optimizer leaves graphs that onnxruntime refuses
             torch.onnx.export(
                 model, f=path, dynamo=True, optimize=False, dynamic_shapes=shapes, verbose=False,
-                input_names=["images", "mask", "noise"], output_names=["logits", "boxes"])
+                external_data=False, input_names=["images", "mask", "noise"],
+                output_names=["logits", "boxes"])
     except ImportError as error:
         raise variants.ConfigError(f"--export: {error}: pip install onnx onnxscript") from None
     finally:
