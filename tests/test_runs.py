@@ -91,7 +91,7 @@ def test_runs_presets_and_precedence():
         assert getattr(runs.settle(given)[table], field) == expected, given
     assert runs.parse(["--queries", "7", "--no-renewal"], "") == dict(num_queries=7, renewal=False)
     (_, usual), (_, everything) = (run_quietly(["--help", *more]) for more in ([], ["all"]))
-    assert len(usual.splitlines()) <= 60 and "--val-share" in usual and "--help all" in usual
+    assert len(usual.splitlines()) <= 66 and "--val-share" in usual and "--help all" in usual
     assert all(f"--{name.replace('_', '-')}" in everything for name in variants.FIELDS
                if name != "num_classes") and "--eta" not in usual
 
