@@ -160,8 +160,9 @@ def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True,
                 if (key := dataset.category_ids[label]) in dataset.label_of:
                     detections.append({"image_id": target["image_id"], "category_id": key,
                                        "bbox": [x0, y0, x1 - x0, y1 - y0], "score": sure})
-                    boxes += [[x0, y0, x1, y1]] * (sure >= score)
-                    labels += [label] * (sure >= score)
+                    if sure >= score:
+                        boxes.append([x0, y0, x1, y1])
+                        labels.append(label)
             truth = box_convert(target["boxes"], "cxcywh", "xyxy")
             truth = (truth * target["orig_size"].flip(0).repeat(2)).tolist()
             wrong[i] = sum(map(len, mistakes(boxes, labels, truth, target["labels"].tolist())))
@@ -227,10 +228,12 @@ def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4)
     """Find objects in image files, folders or ["toy"] -> a dict per file, as in predictions.json:
     "file", "picture" (drawn) and "detections", best first, bbox in pixels; or "file", "error"."""
     results, classes, ids = [], finder.meta["classes"], finder.meta["category_ids"]
-    toys = data.open_data("toy", split="val", image_size=finder.size, toy_count=8)
-    files, left = ([], []) if images == ["toy"] else files_of(images)
-    sources = [(file, None) for file in files] or [
-        (Path(f"toy-{i}"), toys.read(i)[0]) for i in range(8) if images == ["toy"]]
+    if images == ["toy"]:
+        toys = data.open_data("toy", split="val", image_size=finder.size, toy_count=8)
+        sources, left = [(Path(f"toy-{i}"), toys.read(i)[0]) for i in range(8)], []
+    else:
+        files, left = files_of(images)
+        sources = [(file, None) for file in files]
     if folder.resolve() in (path.resolve().parent for path, _ in sources):
         raise data.DataError(f"--out {folder} holds images of --images: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -415,7 +418,7 @@ def query_habits(model, dataset, batch_size=4, workers=0, limit=None):
     return torch.cat([batch[:, :least] for batch in centres]), torch.cat([torch.zeros(0), *near])
 
 
-def draw_queries(folders, out, batch_size=4, workers=0, limit=None):
+def draw_queries(folders, out, batch_size=4, workers=0, limit=None, device=None):
     """Query specialization (DETR, section 4.3): a panel for every run of each query's mean centre
     over the images that the run is scored on, coloured by how far it strays from there -> a line a
     run: that, and how many near misses score above 0.5 (DINO's contrast should reject them). Where
@@ -423,14 +426,14 @@ def draw_queries(folders, out, batch_size=4, workers=0, limit=None):
     from matplotlib.figure import Figure
     figure, lines = Figure(figsize=(5.5 * len(folders), 5), layout="constrained"), []
     for axis, folder in zip(figure.subplots(1, len(folders), squeeze=False)[0], folders):
-        finder = load(Path(folder) / "best.pth")
+        finder = load(Path(folder) / "best.pth", device)
         chosen, meta = json.loads((Path(folder) / "run.json").read_text())["run"], finder.meta
-        split, limit = ("train", chosen["overfit"]) if chosen["overfit"] else ("val", limit)
+        split, count = ("train", chosen["overfit"]) if chosen["overfit"] else ("val", limit)
         dataset = data.open_data(
             chosen["data"], chosen["data_root"], split, finder.transform,
             dict(zip(meta["category_ids"], meta["classes"])), finder.size,
             annotations=chosen.get("annotations"), held_out=meta["held_out"])
-        centres, near = query_habits(finder.model, dataset, batch_size, workers, limit)
+        centres, near = query_habits(finder.model, dataset, batch_size, workers, count)
         x, y = centres.mean(0).T
         strays = (centres - centres.mean(0)).norm(dim=-1).mean(0)
         points = axis.scatter(x, y, c=strays, vmin=0, cmap="viridis")
@@ -516,7 +519,7 @@ def run(argv):
         out = args.out or Path("out/compare.png" if args.compare else "out/queries.png")
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = compare_runs(args.compare, out) if args.compare else draw_queries(
-            args.queries, out, args.batch_size, args.workers, args.limit)
+            args.queries, out, args.batch_size, args.workers, args.limit, args.device)
         print(*lines, f"picture: {out}", sep="\n")
         return 0
     sampling = {k: v for k in variants.SAMPLING if (v := getattr(args, k)) is not None}

@@ -279,15 +279,16 @@ def parameter_groups(model, recipe):
     ViT, a block's rate falls with every block above it, and vectors and places do not decay."""
     kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d)
     norms = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
-    vit, groups = getattr(model.backbone, "taps", None), {}  # by role, not by rate: a resumed run
-    for name, p in model.named_parameters():  # may have another rate
+    vit = getattr(model.backbone, "taps", None)
+    groups = {}  # by role, not by rate: a resumed run may have another rate
+    for name, p in model.named_parameters():
         part, inner, block, *_ = [*name.split("."), "", ""]
         backbone, norm, above = part == "backbone", p in norms, 0
         points = "sampling_offsets" in name or "reference_points" in name
         rate = recipe.lr_backbone if backbone else recipe.lr * (recipe.lr_points if points else 1)
         decoder = recipe.lr_component_decay < 1 and part in ("decoder", "decoder_norm",
                                                              "ref_point_head")
-        if backbone and vit and inner != "norm":  # the embeddings are below all blocks;
+        if backbone and vit and inner != "norm":  # embeddings lie below all blocks
             count = vit[-1] + 1 + model.backbone.dino  # RF-DETR's code counts one block more
             above = count - int(block) if inner == "blocks" else count + 1
             norm = norm or p.dim() == 1 or inner in ("pos_embed", "cls_token")
