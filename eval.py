@@ -13,7 +13,6 @@ import io
 import json
 import os
 import sys
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import permutations
@@ -25,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.ndimage import uniform_filter1d
-from torchvision.ops import batched_nms, box_convert, box_iou
+from torchvision.ops import batched_nms, box_convert
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
@@ -125,53 +124,28 @@ def coco_metrics(truth, detections, image_ids, table=False):
     return dict(zip(METRICS, scorer.stats.tolist()))
 
 
-def mistakes(boxes, labels, truth, true_labels):
-    """Boxes [K,4] xyxy, best first, that fit no true box of their label at an IoU of 0.5, and true
-    boxes that none fits -> (indices of false alarms, of misses)."""
-    iou = box_iou(*(torch.tensor(np.array(side), dtype=torch.float64).reshape(-1, 4)
-                    for side in (boxes, truth))).tolist()
-    free, wrong = {*range(len(truth))}, []
-    for n, label in enumerate(labels):
-        fitting = [m for m in free if true_labels[m] == label and iou[n][m] >= 0.5]
-        if fitting:
-            free.remove(max(fitting, key=iou[n].__getitem__))
-        else:
-            wrong.append(n)
-    return wrong, sorted(free)
-
-
-def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True, table=False,
-             score=SCORE):
+def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True, table=False):
     """Run the model over a data set of data.py, or its first `limit` images -> (metrics,
-    detections) as in `coco_metrics`, and {index: number of `mistakes` from `score` on}. Processes
-    share the images; all get the answer."""
+    detections) as in `coco_metrics`. Processes share the images; all get the answer."""
     image_ids = list(dataset.image_ids)[:limit]
     mine = range(runs.rank(), len(image_ids), runs.world())
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    detections, wrong, indices = [], {}, iter(mine)
+    detections = []
     loader = data.loader(dataset, batches, workers, next(model.parameters()).device)
     show = progress and runs.rank() == 0
     for images, mask, targets in runs.progress(loader, "evaluating", len(batches), show):
         sizes = torch.stack([target["orig_size"] for target in targets])
-        for target, found, i in zip(targets, answer(model, images, mask, sizes), indices):
-            boxes, labels = [], []  # those to be shown
+        for target, found in zip(targets, answer(model, images, mask, sizes)):
             for sure, label, (x0, y0, x1, y1) in zip(*found.values()):
                 # A head may have labels without a category in this data (11 of COCO's 91).
                 if (key := dataset.category_ids[label]) in dataset.label_of:
                     detections.append({"image_id": target["image_id"], "category_id": key,
                                        "bbox": [x0, y0, x1 - x0, y1 - y0], "score": sure})
-                    if sure >= score:
-                        boxes.append([x0, y0, x1, y1])
-                        labels.append(label)
-            truth = box_convert(target["boxes"], "cxcywh", "xyxy")
-            truth = (truth * target["orig_size"].flip(0).repeat(2)).tolist()
-            wrong[i] = sum(map(len, mistakes(boxes, labels, truth, target["labels"].tolist())))
     detections = sum(runs.gather(detections), [])
     metrics = None
     if runs.rank() == 0:
         metrics = coco_metrics(dataset.ground_truth(), detections, image_ids, table)
-    wrong = {i: n for share in runs.gather(wrong) for i, n in share.items()}
-    return runs.gather(metrics)[0], detections, wrong
+    return runs.gather(metrics)[0], detections
 
 
 # ============================================================= images with boxes drawn, and curves
@@ -270,40 +244,33 @@ def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4)
 
 
 def picture_grid(model, dataset, path, chosen, score=SCORE):
-    """Write one sheet: the images of these indices, truth beside predictions, mistakes marked."""
+    """Write one sheet: the images of these indices, truth beside predictions."""
     panels, classes = [], dataset.classes
     for i in chosen:
         (image, target), (pixels, mask, _) = dataset[i], data.collate([dataset[i]])
         image = to_pil_image(image)
         image.thumbnail((640, 640))
         truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.size * 2)
-        truth, labels = truth.tolist(), target["labels"].tolist()
         (found,) = answer(model, pixels, mask, torch.tensor([image.size[::-1]]), score)
-        wrong, missed = mistakes(found["boxes"], found["labels"], truth, labels)
-        K, marks = len(found["boxes"]), dict.fromkeys(wrong, "false")
-        marks |= {K + n: "missed" for n in range(len(missed))}
-        panels += [("ground truth", draw(image, classes, truth, labels)), (
-            f"score {score:g} or more: {len(missed)} missed, {len(wrong)} false", draw(
-                image, classes, found["boxes"] + [truth[m] for m in missed],
-                found["labels"] + [labels[m] for m in missed], found["scores"], marks))]
+        panels += [("ground truth", draw(image, classes, truth.tolist(), target["labels"].tolist())),
+                   (f"score {score:g} or more", draw(image, classes, found["boxes"],
+                                                     found["labels"], found["scores"]))]
     sheet(panels, 4).save(path)
 
 
-def draw(image, classes, boxes, labels, scores=(), marks=None):
+def draw(image, classes, boxes, labels, scores=()):
     """A copy of a PIL image, enlarged if small, with boxes [K, 4] (xyxy in pixels, best first) and
-    names, of which those in the way of better ones are smaller or absent. marks: {index: word}."""
+    names, of which those in the way of better ones are smaller or absent."""
     zoom = max(1, round(480 / max(image.size)))
-    image, marks = ImageOps.scale(image.convert("RGB"), zoom), marks or {}
+    image = ImageOps.scale(image.convert("RGB"), zoom)
     (width, height), longest, pen = image.size, max(image.size), ImageDraw.Draw(image)
     boxes = [np.clip(np.multiply(box, zoom), 0, (width - 1, height - 1) * 2) for box in boxes]
-    colours = ["white" if marks.get(n) == "missed" else "red" if n in marks else
-               COLOURS[label % 1000] for n, label in enumerate(labels)]
-    for n, box in enumerate(boxes):
-        pen.rectangle([*box], outline=colours[n], width=max(3, longest // 250))
+    colours = [COLOURS[label % 1000] for label in labels]
+    for box, colour in zip(boxes, colours):
+        pen.rectangle([*box], outline=colour, width=max(3, longest // 250))
     texts = []  # their places: x0, y0, x1, y1
     for n, (x0, y0, _, _) in enumerate(boxes):
-        score = f"{scores[n]:.2f}" if n < len(scores) else ""
-        text = " ".join(filter(None, (marks.get(n), classes[labels[n]][:40], score)))
+        text = classes[labels[n]][:40] + (f" {scores[n]:.2f}" if n < len(scores) else "")
         for share in (1, 0.7):
             font = ImageFont.load_default(share * max(13, longest / 45))
             w, h = pen.textlength(text, font) + 6, font.size * 1.3
@@ -548,14 +515,12 @@ def run(argv):
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long run, not after it
-    _, detections, wrong = evaluate(model, dataset, args.batch_size, args.workers, args.limit,
-                                    table=True, score=args.score)
+    _, detections = evaluate(model, dataset, args.batch_size, args.workers, args.limit, table=True)
     if runs.rank() == 0:
         out.write_text(json.dumps(detections))
-        image_ids = dataset.image_ids[:args.limit]
-        if chosen := [i for i, n in Counter(wrong).most_common(8) if n]:
-            picture_grid(model, dataset, out.with_name("mistakes.png"), chosen, args.score)
-        print(f"{len(image_ids)} of {len(dataset)} images: {out}, mistakes.png")
+        count = len(dataset.image_ids[:args.limit])
+        picture_grid(model, dataset, out.with_suffix(".png"), range(min(8, count)), args.score)
+        print(f"{count} of {len(dataset)} images: {out}, and {out.stem}.png of the first of them")
     runs.stop()
     return 0
 

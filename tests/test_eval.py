@@ -67,24 +67,12 @@ def test_eval_scores_data():
         code, said = command(words, model, meta(dataset))  # the other 196 are not misses
         assert code == 0 and "= 1.000" in said and "4 of 200 images" in said, said
         assert "AP 1.000 of circle (" in said, said
-        assert not Path(folder, "mistakes.png").exists()
+        assert Image.open(f"{folder}/results-4.png").width == 4 * 524
         found = json.loads(Path(folder, "results-4.json").read_text())
         assert found[0].keys() == {"image_id", "category_id", "bbox", "score"}
         assert {d["category_id"] for d in found} <= {*range(1, 6)}
         _, said = command(words, model, meta(dataset) | {"classes": ["", "cat"]})
         assert "category 1 is 'circle', cat in the" in said
-        for logits, boxes in model.answers.values():
-            boxes[:] = 0.5
-        assert command(words, model, meta(dataset))[0] == 0
-        assert Image.open(f"{folder}/mistakes.png").width == 4 * 524
-
-
-def test_eval_mistakes():
-    """One to one, best first, by class and an IoU of 0.5."""
-    truth = [[0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 30]]
-    boxes = [[0, 0, 10, 8], [0, 0, 10, 10], [20, 0, 30, 10], [0, 20, 10, 24]]
-    assert evaluation.mistakes(boxes, [1, 1, 2, 1], truth, [1, 1, 1]) == ([1, 2, 3], [1, 2])
-    assert evaluation.mistakes([], [], truth, [1, 1, 1]) == ([], [0, 1, 2])
 
 
 def test_eval_metrics_of_known_cases():
@@ -111,15 +99,13 @@ def test_eval_metrics_of_known_cases():
 
 
 def test_eval_drawing():
-    """Marks, any name, and no name on top of a better one."""
+    """Any name, and no name on top of a better one."""
     image, box = Image.new("RGB", (640, 480), "gray"), [100, 100, 300, 999]
     for name in ("cat", "🔴 fenêtre", "x" * 200):
         changed = (np.asarray(evaluation.draw(image, [name], [box], [0], [0.9])) != 128).any(-1)
         assert changed[100, 100:300].all() and not changed[130:470, 120:280].any()
     one, crowd = (evaluation.draw(image, ["cat"], [box] * n, [0] * n, [0.9] * n) for n in (1, 9))
     assert np.array_equal(one, crowd)
-    marked = np.asarray(evaluation.draw(image, ["cat"], [box], [0], [0.9], {0: "missed"}))
-    assert (marked[200, 100] == 255).all()
 
 
 def test_eval_compare():
