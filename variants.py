@@ -1,23 +1,18 @@
 """The family tree: every paper is a row, written as its parent plus what it changes.
 
-Holds `Config` (what a model is), `Recipe` (how its authors trained it) and the two tables
-`VARIANTS` and `RECIPES`. Every field is one idea, never one paper: model.py asks
-`cfg.reference == "noise"`, not `variant == "diffu"`, so ideas combine freely and a new variant is
-one line. Read the fields of `Config` first, then the table at the end.
-
-Papers: DETR (Carion 2020), Conditional DETR (Meng 2021), DAB-DETR (Liu 2022), Deformable DETR (Zhu
-2021), DN-DETR (Li 2022), DINO (Zhang 2023), Align-DETR (Cai 2023), Group DETR (Chen 2023:
-query_groups), LW-DETR (Chen 2024), RF-DETR (Robinson 2025), DiffuDETR (ICLR 2026).
+`Config` is what a model is, `Recipe` how its authors trained it; `VARIANTS` and `RECIPES` are the
+two tables. A field is one idea, never one paper: model.py asks `cfg.reference == "noise"`, not
+`variant == "diffu"`, so ideas combine freely and a new variant is one line. Read `Config`'s fields,
+then the table at the end, which names the papers.
 """
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 
 
 def option(default, text, *choices, low=None, high=1e30, when=None):
-    """One field: its default, the sentence `--help` prints, and the words it accepts (none: any).
-
-    low, high: its range (default: whole numbers from 1, others from 0). when: {field: values}
-    without which nothing reads it.
-    """
+    """One field: its default, what `--help` prints, and the words it accepts (none: any). low,
+    high: its range (default: whole numbers from 1, others from 0). when: {field: values} without
+    which nothing reads it."""
     low = {int: 1, float: 0}.get(type(default)) if low is None else low
     return field(default=default, metadata=dict(
         help=text, choices=choices, low=low, high=high, when=when or {}))
@@ -43,16 +38,22 @@ def check(table):
 
 def changed(table, **changes):
     """A copy with some fields changed: how every variant is written. ConfigError: no such field."""
-    known = [f.name for f in fields(table)]
-    if unknown := sorted(set(changes) - {*known}):
-        raise ConfigError(f"unknown field {', '.join(unknown)}; {type(table).__name__} has "
-                          + ", ".join(known))
+    if unknown := {*changes} - {f.name for f in fields(table)}:
+        raise ConfigError(f"unknown field {unknown.pop()}: see python train.py --help all")
     return replace(table, **changes)
+
+
+def unmet(row, needs):
+    """The first of {field: values} that a row lacks, as what to write; or None."""
+    for name, values in needs.items():
+        if getattr(row, name) not in values:
+            words = [f"{values[0]} or more"] if isinstance(values, range) else map(str, values)
+            return f"{name}=" + " or ".join(", ".join(words).rsplit(", ", 1))
 
 
 BOXES = ("anchors", "proposals", "noise")  # references that are 4-D boxes from the first layer on
 RESNETS, VITS = ("resnet18", "resnet34", "resnet50", "resnet101"), ("vit", "dinov2")
-RESNET, VIT = {"backbone": RESNETS}, {"backbone": VITS}
+RESNET, VIT, FROZEN = {"backbone": RESNETS}, {"backbone": VITS}, {"backbone_norm": ("frozen",)}
 PROPOSES, NOISE = {"two_stage": (True,)}, {"reference": ("noise",)}
 DEFORMABLE, DENOISES = {"attention": ("deformable",)}, {"denoising": ("dn", "cdn")}
 SEVERAL = NOISE | {"sampling_steps": range(2, 10 ** 9)}
@@ -71,119 +72,83 @@ class Config:
     decoder_layers: int = option(6, "decoder layers L; each predicts and is supervised")
     dropout: float = option(0.1, "dropout in the transformer", high=0.99)
     # ---- what sees the image
-    backbone: str = option("resnet50", "torchvision's ResNet; a plain ViT (LW-DETR), or DINOv2's "
-                           "(RF-DETR)", *RESNETS, *VITS)
-    dilation: bool = option(False, "DC5: the last stage keeps stride 16 and dilates its kernels",
-                            when=RESNET)
-    backbone_norm: str = option("frozen", "frozen, as published; batch: trainable, for scratch",
-                                "frozen", "batch", when=RESNET)
-    frozen_stages: str = option(
-        "layer1", "what pretraining has learned once and for all: the stem and layer1 (DETR), the "
-        "stem alone (Align-DETR), or none of it (DiffuDINO)", "layer1", "stem", "none",
-        when=RESNET | {"backbone_norm": ("frozen",)})
+    backbone: str = option("resnet50", "a ResNet, LW-DETR's ViT or RF-DETR's", *RESNETS, *VITS)
+    dilation: bool = option(False, "DC5: the last stage keeps stride 16, dilated", when=RESNET)
+    backbone_norm: str = option("frozen", "batch: for scratch", "frozen", "batch", when=RESNET)
+    frozen_stages: str = option("layer1", "not trained: stem and layer1 (DETR), stem (Align-DETR)",
+                                "layer1", "stem", "none", when=RESNET | FROZEN)
     vit_width: int = option(192, "channels of the ViT", when=VIT)
     vit_heads: int = option(12, "its attention heads", when=VIT)
     vit_depth: int = option(6, "its blocks", when=VIT)
     patch: int = option(16, "side of a token's patch in pixels", when=VIT)
-    grid: int = option(14, "tokens a side that have learned positions; resized for others",
-                       when=VIT)
+    grid: int = option(14, "tokens a side with learned positions; resized for others", when=VIT)
     windows: int = option(4, "windows a side, into which most blocks look one by one", when=VIT)
     global_blocks: str = option("1 3 5", "blocks, from 0, that look at all windows", when=VIT)
     taps: str = option("1 3 5", "blocks whose outputs are read", when=VIT)
-    drop_path: float = option(0.0, "chance to skip the last block's sublayers in training, per "
-                              "window; less in earlier ones", high=0.99, when=VIT)
-    projector_norm: str = option("batch", "norm of the convolutions that read a ViT: of the batch "
-                                 "(LW-DETR) or of a pixel's channels (RF-DETR)", "batch", "layer",
-                                 when=VIT)
-    levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 and 5 add 3x3 stride-2 "
-                         "convolutions; of a ViT 1 = its stride, 2 = half and twice, 3 = all three",
-                         1, 2, 3, 4, 5)
+    drop_path: float = option(0.0, "chance to skip the last block, per window", high=0.99, when=VIT)
+    projector_norm: str = option("batch", "of a ViT's reader", "batch", "layer", when=VIT)
+    levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 and 5 add stride-2 ones; of a "
+                         "ViT 1 = its stride, 2 = half and twice, 3 = all three", 1, 2, 3, 4, 5)
     pos_temperature: float = option(10000.0, "T of the image's sine position encoding", low=1)
     pos_offset: float = option(0.0, "added to the cells' count (-0.5: their centres)", low=-1)
-    activation: str = option("relu", "of the feed-forward blocks (prelu: DAB-DETR)",
-                             "relu", "prelu")
-    encoder_scale: bool = option(False, "scale the image's position encoding before each encoder "
-                                 "layer by an MLP of the tokens (DAB-DETR)")
+    activation: str = option("relu", "of the feed-forward blocks", "relu", "prelu")
+    encoder_scale: bool = option(False, "scale positions by an MLP of the encoder's tokens (DAB)")
     # ---- attention to the image
-    attention: str = option(
-        "dense", "how queries look at it: dense: at all tokens, content and position summed; "
-        "conditional: concatenated per head (Conditional DETR); deformable: at a few points",
-        "dense", "conditional", "deformable")
-    cross_heads: int = option(0, "heads of the decoder's attention to the image (0: as --heads)",
-                              low=0)
+    attention: str = option("dense", "how queries look at the image: at all tokens (Conditional "
+                            "DETR: content and position apart), or at a few points (deformable)",
+                            "dense", "conditional", "deformable")
+    cross_heads: int = option(0, "heads of that attention in the decoder (0: --heads)", low=0)
     points: int = option(4, "sampling points P per head and level", when=DEFORMABLE)
     # ---- where a query starts
-    reference: str = option(
-        "none", "a query's reference: none (DETR), learned points (Deformable DETR) or 4-D anchors "
-        "(DAB, DN), the encoder's proposals (two-stage, DINO), or noise (DiffuDETR)",
-        "none", "points", *BOXES)
+    reference: str = option("none", "where a query looks first: none (DETR), learned points "
+                            "(Deformable), learned boxes (anchors: DAB, DN), the encoder's "
+                            "proposals (DINO), or noise (DiffuDETR)", "none", "points", *BOXES)
     two_stage: bool = option(False, "the encoder proposes boxes and is supervised")
-    group_proposals: bool = option(False, "each query group has its own head for proposals "
-                                   "(LW-DETR)", when=PROPOSES)
-    proposal_offsets: bool = option(
-        False, "queries correct their proposals by learned offsets, all images alike (LW-DETR)",
-        when={"reference": ("proposals",)})
-    content: str = option(
-        "zero", "zero (DETR), split (Deformable: half of the position's vector), learned (DINO's "
-        "mixed query selection), label (DN-DAB: the embedding of no label) or memory (the best "
-        "proposals' features: published DiffuDINO)", "zero", "split", "learned", "label", "memory")
-    query_scale: bool = option(False, "scale a position made from the reference by an MLP of the "
-                               "previous layer's output (Conditional, DAB, DN)")
-    size_modulation: bool = option(False, "scale that position by the reference's width and height "
-                                   "(DAB-DETR)")
-    query_groups: int = option(1, "groups of queries in training, each matched on its own (Group "
-                               "DETR, LW-DETR); inference uses the first")
+    group_proposals: bool = option(False, "each query group has its own (LW-DETR)", when=PROPOSES)
+    proposal_offsets: bool = option(False, "queries correct proposals by learned offsets (LW-DETR)",
+                                    when={"reference": ("proposals",)})
+    content: str = option("zero", "zero (DETR), split (Deformable: half of the position's vector), "
+                          "learned (DINO), label (DN-DAB: of no label) or memory (the proposals')",
+                          "zero", "split", "learned", "label", "memory")
+    query_scale: bool = option(False, "scale the reference's encoding by an MLP of the last output")
+    size_modulation: bool = option(False, "... by the reference's width and height (DAB-DETR)")
+    query_groups: int = option(1, "groups of queries in training, matched apart (Group DETR)")
     # ---- how boxes improve from layer to layer
     refine: bool = option(False, "each layer starts from the previous layer's boxes")
-    box_codec: str = option(
-        "logit", "what a box head says: logit: the change of the reference's inverse sigmoid; "
-        "relative: shifts and log scales in its width and height (LW-DETR)", "logit", "relative")
+    box_codec: str = option("logit", "a box head says: changes of the reference's inverse sigmoid, "
+                            "or shifts and log scales in its sides (LW-DETR)", "logit", "relative")
     look_forward_twice: bool = option(False, "a layer's loss also reaches the previous layer's box")
     shared_heads: bool = option(True, "one class and box head for all layers, or one each")
     decoder_norm: bool = option(True, "LayerNorm on every layer's output before the heads")
     # ---- what the encoder's proposals are
-    proposal_score: str = option("max", "rank by class 0 alone (Deformable) or by the best class",
-                                 "first", "max", when=PROPOSES)
-    proposal_labels: str = option("true", "true labels (DINO), or all class 0: object or not",
-                                  "true", "binary", when=PROPOSES)
-    proposal_loss: str = option("selected", "supervise the selected ones (DINO) or all tokens",
-                                "selected", "all", when=PROPOSES)
+    proposal_score: str = option("max", "class 0's or the best", "first", "max", when=PROPOSES)
+    proposal_labels: str = option("true", "or object or not", "true", "binary", when=PROPOSES)
+    proposal_loss: str = option("selected", "or of all tokens", "selected", "all", when=PROPOSES)
     # ---- denoising queries, training only (diffusion.py)
-    denoising: str = option("none", "dn: reconstruct noised boxes; cdn: and reject far ones",
-                            "none", "dn", "cdn")
-    no_label_row: bool = option(True, "their label embedding ends with a row for no label, which "
-                                "only content=label reads, but most files hold", when=DENOISES)
-    dn_queries: int = option(100, "cdn: positive queries, in as many groups as fit",
-                             when={"denoising": ("cdn",)})
+    denoising: str = option("none", "undo noise; cdn: and reject far boxes", "none", "dn", "cdn")
+    no_label_row: bool = option(True, "their label embedding has a row for no label", when=DENOISES)
+    dn_queries: int = option(100, "cdn: positive queries", when={"denoising": ("cdn",)})
     dn_groups: int = option(5, "dn: groups of all targets", when={"denoising": ("dn",)})
-    label_noise: float = option(0.2, "share of denoising labels that are random", high=1,
-                                when=DENOISES)
+    label_noise: float = option(0.2, "share of random labels among theirs", high=1, when=DENOISES)
     box_noise: float = option(0.4, "how far denoising boxes move: diffusion.py", when=DENOISES)
     # ---- the diffusion of reference boxes (diffusion.py)
     timesteps: int = option(100, "T, the steps of the forward process", when=NOISE)
-    schedule: str = option("cosine", "noise schedule (linear never reaches pure noise)",
-                           "cosine", "linear", "sqrt", when=NOISE)
-    noise: str = option("gaussian", "law of the noise; each has mean 0 and variance 1",
-                        "gaussian", "sigmoid_gaussian", "beta", when=NOISE)
+    schedule: str = option("cosine", "of the noise", "cosine", "linear", "sqrt", when=NOISE)
+    noise: str = option("gaussian", "its law", "gaussian", "sigmoid_gaussian", "beta", when=NOISE)
     signal_scale: float = option(2.0, "boxes are noised as (2c - 1) * scale", low=0.01, when=NOISE)
-    time: str = option(
-        "add", "how a decoder layer is told t: added after self-attention (paper), or scale and "
-        "shift before every sublayer (published code)", "add", "scale_shift", when=NOISE)
+    time: str = option("add", "how a layer is told t: after self-attention (paper), or before all "
+                       "sublayers (the published code)", "add", "scale_shift", when=NOISE)
     sampling_steps: int = option(3, "S: decoder evaluations at inference", when=NOISE)
-    sampler: str = option("ddim", "ddim, or the published code's, for its checkpoints only",
-                          "ddim", "published", when=SEVERAL)
-    eta: float = option(0.0, "DDIM's eta: 0 deterministic, 1 as much fresh noise as DDPM", high=1,
-                        when=SEVERAL | {"sampler": ("ddim",)})
-    renewal: bool = option(True, "between sampling steps, replace hopeless boxes by fresh noise",
-                           when=SEVERAL)
+    sampler: str = option("ddim", "or the published code's", "ddim", "published", when=SEVERAL)
+    eta: float = option(0.0, "1: as noisy as DDPM", high=1, when=SEVERAL | {"sampler": ("ddim",)})
+    renewal: bool = option(True, "between steps, replace hopeless boxes by noise", when=SEVERAL)
     ensemble_nms: float = option(0.8, "IoU of the NMS over all steps' boxes", high=1, when=SEVERAL)
     # ---- assignment and loss (matcher.py)
-    class_loss: str = option("ce", "ce: softmax with no-object; focal; IoU-aware vfl (DiffuDINO's "
-                             "code) and ia (Align-DETR)", "ce", "focal", "vfl", "ia")
+    class_loss: str = option("ce", "ce: softmax with no-object; vfl (DiffuDINO's code) and ia "
+                             "(Align-DETR) know the IoU", "ce", "focal", "vfl", "ia")
     copies: int = option(1, "queries a target in all but the last layer (Align-DETR: 2)")
-    copies_rule: str = option(
-        "fair", "where they do not go round: fair: every target keeps one; published (Align-DETR's "
-        "code): some get none", "fair", "published", when={"copies": range(2, 10 ** 9)})
+    copies_rule: str = option("fair", "where they do not go round: one each, or none for some",
+                              "fair", "published", when={"copies": range(2, 10 ** 9)})
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")
@@ -196,58 +161,21 @@ class Config:
 
     def __post_init__(self):
         check(self)
-        deformable, vit = self.attention == "deformable", self.backbone in VITS
-        boxes = self.reference in BOXES and self.content != "split"  # positions are made of boxes
+        for name, values, needs in NEEDS:
+            if getattr(self, name) in values and (missing := unmet(self, needs)):
+                raise ConfigError(f"{name}={getattr(self, name)} needs {missing}")
+        even = 32 if self.attention == "deformable" else 4  # GroupNorm's groups; sines and cosines
         for bad, message in [
-            (self.d_model % (32 if deformable else 4) or self.d_model % self.heads,
-             f"d_model={self.d_model}: it must be divisible by heads={self.heads}, by 4 for the "
-             "sine encoding and, with deformable attention, by 32 for the neck's GroupNorm"),
-            (self.d_model % (self.cross_heads or 1), f"cross_heads={self.cross_heads}: it must "
-             f"divide d_model={self.d_model}"),
-            (self.levels > 3 if vit else self.levels == 2, f"levels={self.levels} is not for "
-             f"backbone={self.backbone}: choose 1, " + ("2 or 3" if vit else "3, 4 or 5")),
-            (vit and self.vit_width % self.vit_heads, f"vit_width={self.vit_width}: it must be "
-             f"divisible by vit_heads={self.vit_heads}"),
-            (vit and (not self.taps or any(words.split() != [
-                n for n in map(str, range(self.vit_depth)) if n in words.split()]
-                for words in (self.taps, self.global_blocks))),
-             f"taps={self.taps!r}, global_blocks={self.global_blocks!r}: write rising numbers "
-             f"below vit_depth={self.vit_depth}"),
-            (self.box_codec == "relative" and self.reference not in BOXES, "box_codec=relative "
-             "counts in references' sizes: write reference=anchors, proposals or noise"),
-            (self.levels > 1 and not deformable,
-             "dense attention reads one feature level: write levels=1 or attention=deformable"),
-            (self.attention != "dense" and self.reference == "none", f"attention={self.attention} "
-             "looks around references: write reference=points, anchors, ..."),
-            (self.dilation and self.backbone in ("resnet18", "resnet34"), "dilation needs the "
-             "bottleneck blocks of backbone=resnet50 or resnet101"),
-            ((self.reference == "proposals" or self.content == "memory") and not self.two_stage,
-             "reference=proposals and content=memory need two_stage=True"),
-            (self.content == "split" and self.reference in ("anchors", "noise"), "content=split is "
-             f"half of a position that reference={self.reference} lacks: write content=learned"),
-            (self.query_scale and not boxes and self.attention != "conditional",
-             "query_scale scales positions that are made from references: write reference=anchors, "
-             "proposals or noise, and content=learned, or attention=conditional"),
-            (self.size_modulation and (self.attention != "conditional"
-                                       or self.reference not in BOXES), "size_modulation needs "
-             "attention=conditional and reference=anchors, proposals or noise"),
+            (self.d_model % even or self.d_model % self.heads,
+             f"d_model={self.d_model}: it must be divisible by {even} and by heads={self.heads}"),
+            (max(map(int, f"{self.taps} {self.global_blocks}".split())) >= self.vit_depth,
+             f"taps and global_blocks must lie below vit_depth={self.vit_depth}"),
+            (self.query_scale and self.attention != "conditional" and self.reference not in BOXES,
+             "query_scale needs reference=anchors, or attention=conditional"),
             (self.query_groups > 1 and self.reference == "proposals" and self.content != "learned"
-             and not self.group_proposals, "query_groups would be copies of each other: write "
-             "content=learned, or query_groups=1"),
-            (self.encoder_scale and not self.encoder_layers,
-             "encoder_scale needs encoder_layers=1 or more"),
-            (self.content == "label" and (self.denoising == "none" or not self.no_label_row),
-             "content=label is a row of the denoising queries' label embedding: write denoising=dn "
-             "or cdn, and no_label_row=True"),
-            (self.denoising != "none" and not boxes, "denoising queries are boxes with a label for "
-             "content: write reference=anchors, proposals or noise, and content=learned"),
-            (self.look_forward_twice and not self.refine, "look_forward_twice needs refine=True"),
+             and not self.group_proposals, "query_groups would be copies: write content=learned"),
             (self.sampling_steps > self.timesteps,
              f"sampling_steps={self.sampling_steps}: at most timesteps={self.timesteps}"),
-            (self.class_loss == "ce" and (self.denoising != "none" or self.two_stage
-                                          or self.reference == "noise" or self.copies > 1),
-             "denoising, two_stage, noise and copies need class_loss=focal, vfl or ia: ce has no "
-             "score per class, and its mean counts one query a target"),
         ]:
             if bad:
                 raise ConfigError(message)
@@ -260,6 +188,29 @@ class Config:
     but = changed
 
 
+# Which ideas need which: a field, some of its values, and what these need of other fields.
+SCORES, VECTORS = ("focal", "vfl", "ia"), ("learned", "zero", "label", "memory")
+NEEDS = [
+    ("backbone", RESNETS, {"levels": (1, 3, 4, 5)}),
+    ("backbone", VITS, {"levels": (1, 2, 3)}),
+    ("backbone", ("resnet18", "resnet34"), {"dilation": (False,)}),  # they have no bottlenecks
+    ("attention", ("dense", "conditional"), {"levels": (1,)}),
+    ("attention", ("conditional", "deformable"), {"reference": ("points", *BOXES)}),
+    ("reference", ("proposals",), PROPOSES),
+    ("reference", ("anchors", "noise"), {"content": VECTORS}),  # they have no vector to split
+    ("reference", ("noise",), {"class_loss": SCORES}),  # "ce" has no score per class
+    ("two_stage", (True,), {"class_loss": SCORES}),
+    ("denoising", ("dn", "cdn"), {"reference": BOXES, "content": VECTORS, "class_loss": SCORES}),
+    ("content", ("memory",), PROPOSES),
+    ("content", ("label",), DENOISES | {"no_label_row": (True,)}),
+    ("size_modulation", (True,), {"attention": ("conditional",), "reference": BOXES}),
+    ("encoder_scale", (True,), {"encoder_layers": range(1, 10 ** 9)}),
+    ("box_codec", ("relative",), {"reference": BOXES}),
+    ("look_forward_twice", (True,), {"refine": (True,)}),
+    ("copies", range(2, 10 ** 9), {"class_loss": SCORES}),  # "ce" counts one query a target
+]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained. The defaults are Conditional/DAB/DN's: AdamW, 50 epochs, one drop."""
@@ -267,35 +218,27 @@ class Recipe:
     steps: int = option(0, "stop after this many steps instead of --epochs (0: by epochs)", low=0)
     lr: float = option(1e-4, "learning rate")
     lr_backbone: float = option(1e-5, "learning rate of the backbone")
-    lr_points: float = option(1.0, "factor on the rate of sampling_offsets and reference_points "
-                              "(Deformable: 0.1)")
-    lr_layer_decay: float = option(1.0, "factor on the rate of a ViT's block for each block above "
-                                   "it", high=1, when=VIT)
-    lr_component_decay: float = option(1.0, "factor on the decoder's rate; squared, on the "
-                                       "backbone's (LW-DETR)", high=1)
+    lr_points: float = option(1.0, "factor for sampling_offsets, reference_points (Deformable: .1)")
+    lr_layer_decay: float = option(1.0, "factor per ViT block above it (LW-DETR)", high=1, when=VIT)
+    lr_component_decay: float = option(1.0, "factor: the decoder; squared: the backbone", high=1)
     lr_drop: float = option(0.8, "multiply the rate by 0.1 after this share of the run", high=1)
     warmup: int = option(0, "steps in which the rate rises, a tenth of the run at most", low=0)
     weight_decay: float = option(1e-4, "AdamW's decay")
     decay_norms: bool = option(True, "apply the decay to normalisation layers too")
     clip_norm: float = option(0.1, "clip the gradient's norm (0: do not)")
     ema: float = option(0.0, "decay of an average of the weights, to be evaluated", high=0.99999)
-    ema_tau: int = option(0, "it rises as 1 - exp(-step / tau) (RF-DETR); 0: as (1 + step) / (10 + "
-                             "step)", low=0)
+    ema_tau: int = option(0, "it rises as 1 - exp(-step/tau) (0: (1 + step)/(10 + step))", low=0)
     batch_size: int = option(16, "images a step, of all processes together")
     micro_batch: int = option(2, "images per forward pass of a process; gradients are added up")
     image_size: int = option(800, "short side in pixels")
     max_size: int = option(1333, "long side at most; 0: images are squashed to squares", low=0)
-    sizes: str = option("image", "sizes in training are drawn per image, or per batch (RF-DETR, of "
-                        "squares)", "image", "batch")
-    repeat_rare: float = option(0.0, "repeat images of classes that are in fewer than this share "
-                                "of them (LVIS: 0.001)", high=1)
+    sizes: str = option("image", "sizes are drawn per image, or per batch", "image", "batch")
+    repeat_rare: float = option(0.0, "repeat classes in a smaller share of images (LVIS: 0.001)")
     crop: bool = option(True, "DETR's random sizes and crops; off: flips only")
     backbone_weights: str = option("default", "default: torchvision's of ImageNet; none; a path")
     eval_every: int = option(1, "evaluate every so many epochs (and at the end)")
 
-    def __post_init__(self):
-        check(self)
-
+    __post_init__ = check
     but = changed
 
 
@@ -306,13 +249,9 @@ SAMPLING = "sampling_steps", "sampler", "eta", "renewal", "ensemble_nms"  # eval
 def idle(names, cfg):
     """The sentence that refuses the first of these options that nothing reads, or None."""
     for name in names:
-        for key, values in FIELDS[name].metadata["when"].items() if name in FIELDS else ():
-            if getattr(cfg, key) not in values:
-                words = "2 or more" if isinstance(values, range) else " or ".join(map(str, values))
-                needed = f"--{key}" if values == (True,) else f"--{key} {words}"
-                return (f"--{name} is read only with {needed}: omit it, or give that too"
-                        ).replace("_", "-")
-    return None
+        if name in FIELDS and (missing := unmet(cfg, FIELDS[name].metadata["when"])):
+            missing = missing.replace("=True", "").replace("=", " ")
+            return f"--{name} is read only with --{missing}: omit it".replace("_", "-")
 
 
 # =============================================================================== the family
@@ -321,8 +260,7 @@ def idle(names, cfg):
 detr = Config()
 detr_dc5 = detr.but(dilation=True)
 
-# Conditional DETR: position apart from content in every attention, and looked for around a point.
-# Meng 2021.
+# Conditional DETR: position apart from content in attention, looked for around a point. Meng 2021.
 conditional = detr.but(
     attention="conditional", reference="points", query_scale=True, num_queries=300,
     class_loss="focal", weight_class=2.0, cost_class=2.0)
@@ -457,7 +395,8 @@ def small(row):
 
 
 def variant(name, **overrides):
-    """The Config of a variant, with fields overridden. ConfigError naming what exists."""
+    """The Config of a variant, with fields overridden. ConfigError naming the nearest."""
     if name not in VARIANTS:
-        raise ConfigError(f"unknown variant {name!r}; there are {', '.join(VARIANTS)}")
+        near = get_close_matches(name, VARIANTS, 1, 0)[0]
+        raise ConfigError(f"there is no variant {name}: do you mean {near}?")
     return VARIANTS[name].but(**overrides)
