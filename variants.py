@@ -94,9 +94,8 @@ class Config:
     activation: str = option("relu", "of the feed-forward blocks", "relu", "prelu")
     encoder_scale: bool = option(False, "scale positions by an MLP of the encoder's tokens (DAB)")
     # ---- attention to the image
-    attention: str = option("dense", "how queries look at the image: at all tokens (Conditional "
-                            "DETR: content and position apart), or at a few points (deformable)",
-                            "dense", "conditional", "deformable")
+    attention: str = option("dense", "to all tokens; conditional: position apart from content; "
+                            "deformable: to a few points", "dense", "conditional", "deformable")
     cross_heads: int = option(0, "heads of that attention in the decoder (0: --heads)", low=0)
     points: int = option(4, "sampling points P per head and level", when=DEFORMABLE)
     # ---- where a query starts
@@ -174,8 +173,7 @@ class Config:
              "query_scale needs reference=anchors, or attention=conditional"),
             (self.query_groups > 1 and self.reference == "proposals" and self.content != "learned"
              and not self.group_proposals, "query_groups would be copies: write content=learned"),
-            (self.sampling_steps > self.timesteps,
-             f"sampling_steps={self.sampling_steps}: at most timesteps={self.timesteps}"),
+            (self.sampling_steps > self.timesteps, f"sampling_steps > timesteps={self.timesteps}"),
         ]:
             if bad:
                 raise ConfigError(message)

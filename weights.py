@@ -6,7 +6,6 @@ shape that does not fit is an error that says which, and which variant the file 
 """
 import argparse
 import re
-import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,8 +31,6 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.conv(\d)\.norm\.", r".bn\1."),
     (r"^neck\.convs\.(\d)\.", r"input_proj.\1."),
     (r"^neck\.extra_convs\.(\d)\.", lambda m: f"input_proj.{3 + int(m[1])}."),  # after C3, C4, C5
-    (r"^(input_proj\.\d)\.conv\.", r"\1.0."),
-    (r"^(input_proj\.\d)\.norm\.", r"\1.1."),
     (r"\.level_embeds$", ".level_embed"),
     (r"\.attentions\.0(\.attn)?\.", ".self_attn."),
     (r"\.attentions\.1\.", ".cross_attn."),
@@ -52,8 +49,8 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.attention\.attention\.", ".attn."),
     (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"),
     (r"\.mlp\.fc(\d)\.", lambda m: f".mlp.{2 * int(m[1]) - 2}."),
-    (r"^(input_proj\.stages.*)\.conv\.", r"\1.0."),
-    (r"^(input_proj\.stages.*)\.bn\.", r"\1.1."),
+    (r"^(input_proj\..*)\.conv\.", r"\1.0."),  # detrex's, too
+    (r"^(input_proj\..*)\.(norm|bn)\.", r"\1.1."),
     (r"^query_feat\.", "tgt_embed."),
     # everyone's
     (r"^backbone\.0\.body\.", "backbone."),
@@ -177,11 +174,10 @@ def read_checkpoint(path):
             return checkpoint
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # damaged files raise RuntimeError, EOFError, KeyError, ...
-        if what := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise WeightsError(f"{path}: refused, as loading it could run code ({what[1]}): save it"
-                               " again with torch.save(model.state_dict(), path)") from None
-    raise WeightsError(f"{path}: not a checkpoint, or cut short: copy it again")
+    except Exception:  # damaged files raise RuntimeError, EOFError, KeyError, ...
+        pass
+    raise WeightsError(f"{path}: not a checkpoint, cut short, or one whose loading could run code: "
+                       "copy it again, or write it by torch.save(model.state_dict(), path)")
 
 
 def state_of(checkpoint, label):
@@ -310,8 +306,7 @@ def fine_tune(model, source, same_classes):
     old = state_of(checkpoint, label).get("label_enc.weight")
     if model.cfg.content == "label" and old is not None:  # its last row is no class, but content
         model.label_enc.weight.data[-1] = old[-1]
-    modules = ", ".join(dict.fromkeys(
-        re.sub(r"^(enc_\w+)\.\d+$", r"\1", name.rpartition(".")[0]) for name in fresh))
+    modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in fresh))
     new = f"new, for {model.cfg.num_classes} classes: {modules}" if fresh else "none new"
     return f"{label}: {len(loaded)} tensors kept; {new}"
 
@@ -354,33 +349,24 @@ def load_backbone(model, which):
     rate was found); "none", random; or a path to a state dict of torchvision or any detector.
     """
     if which == "none":
-        if model.cfg.backbone not in variants.VITS and model.cfg.backbone_norm == "frozen":
-            raise WeightsError("a backbone without weights cannot learn under frozen batch norm: "
-                               "write --backbone-norm batch, or --backbone-weights default or PATH")
         return
-    if which == "default" and model.cfg.backbone in variants.VITS:
-        raise WeightsError("torchvision has no weights of this ViT: start from a published "
-                           "detector (--weights PATH, or --backbone-weights PATH for its ViT "
-                           "alone), or from nothing (--backbone-weights none)")
-    if which == "default":
+    if which != "default":
+        checkpoint, label = opened(which)
+        state = state_of(checkpoint, label)
+    elif model.cfg.backbone in variants.VITS:
+        raise WeightsError("torchvision has no weights of this ViT: start from a published detector"
+                           " (--weights PATH), or from nothing (--backbone-weights none)")
+    else:
         weights = get_model_weights(model.cfg.backbone)["IMAGENET1K_V1"]
-        label = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rpartition("/")[2]
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(10)  # offline, fail in seconds rather than minutes
+        label = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
         try:
-            state = weights.get_state_dict(progress=True, check_hash=True)
+            state = weights.get_state_dict(check_hash=True)
         except Exception as error:  # no network, no room, a file cut short or of another hash
             raise WeightsError(f"{weights.url} cannot be downloaded ({error}): put it at {label}, "
                                "give --backbone-weights PATH, or --backbone-weights none, which "
                                "needs no network, but many more images or epochs") from None
-        finally:
-            socket.setdefaulttimeout(timeout)
-    else:
-        checkpoint, label = opened(which)
-        state = state_of(checkpoint, label)
     names = own_names(state)
-    part = "backbone."  # of a whole detector
-    part = part if any(name.startswith(part) for name in names.values()) else ""
+    part = "backbone." if any(n.startswith("backbone.") for n in names.values()) else ""
     names = {k: name.removeprefix(part) for k, name in names.items()
              if name.startswith(part) and not name.startswith("fc.")}  # ImageNet's classifier
     put(model.backbone, state, names, label, lambda: f"See --backbone: it is {model.cfg.backbone}")

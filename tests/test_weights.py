@@ -145,7 +145,7 @@ def test_weights_files():
         assert meta == saved | {"held_out": []} and not loaded.training
         assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
         line = weights.fine_tune(other, path, same_classes=False)
-        assert line.endswith("new, for 5 classes: class_embed.0, enc_class_embed, label_enc")
+        assert line.endswith("new, for 5 classes: class_embed, enc_class_embed, label_enc")
         assert "none new" in weights.fine_tune(same, path, same_classes=True)
         assert "for 3 classes: class" in weights.fine_tune(same, path, same_classes=False)
         torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)  # like the authors'
@@ -170,7 +170,7 @@ def test_weights_backbone():
         for source, expected in ((path, resnet), (detector.state_dict(), detector.backbone)):
             weights.load_backbone(model, source)
             assert torch.equal(model.backbone.conv1.weight, expected.conv1.weight)
-        for which, words in ((path, "missing|resnet34"), ("none", "--backbone-norm batch"), (
+        for which, words in ((path, "missing|resnet34"), (
                 "default", f"no net|resnet34-|{folder}|--backbone-weights none, which")):
             refused(words, weights.load_backbone, other, which)
     own, another = (build_model("lw_tiny", vit_width=24, decoder_layers=1) for _ in range(2))
