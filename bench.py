@@ -165,6 +165,8 @@ def image_batch(size, count, square=False):
 def work(side, what, name, size, count=1, again=False, **options):
     """Detect in images, or take a training step on them; returns the number of parameters."""
     (model, optimizer), training = built(side, name, **options), what == "train"
+    if training and side == "minDETR":
+        runs.keep_memory()  # as train.py does
     images, mask, targets = image_batch(size, count, recipe(name).max_size == 0)
     model.train(training).checkpoint_activations = again
     with torch.set_grad_enabled(training):

@@ -5,12 +5,12 @@ one. A run is (options, cfg, recipe): a dict of `Options`, and a row of each tab
 """
 import argparse
 import contextlib
+import ctypes
 import io
 import json
 import os
 import signal
 import sys
-import time
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -76,7 +76,7 @@ def parse_args(parser, argv, names=()):
     """parser.parse_args, but an unknown option is one line with the nearest name."""
     args, strange = parser.parse_known_args(argv)
     if strange:
-        known = ["--" + name.replace("_", "-") for name in (*names, *vars(args))]
+        known = [f"--{name}".replace("_", "-") for name in (*names, *vars(args))]
         near = get_close_matches(strange[0], known, 1, 0)[0]
         parser.exit(2, f"error: no option {strange[0]}; do you mean {near}?\n")
     return args
@@ -92,13 +92,13 @@ def parse(argv, description):
         epilog=None if everything else "--help all tells every option of model and recipe.")
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder; what may "
                         "change: " + ", ".join(sorted(FREE - {"resume"})))
-    for table, title in ((Options, "the run"), (Config, "the model (defaults: the variant's)"),
-                         (Recipe, "the recipe (defaults: the variant's or the preset's)")):
+    for title, table in (("the run", Options), ("the model (default: the variant's)", Config),
+                         ("the recipe (default: the variant's or the preset's)", Recipe)):
         group = parser.add_argument_group(title)
         for f in fields(table):
             if f.name != "num_classes":  # which follows from the data
                 add_field(group, f, everything or f.name in USUAL)
-    names = (f.name for table in (Options, Config, Recipe) for f in fields(table))
+    names = (*variants.FIELDS, *(f.name for f in fields(Options)))
     return vars(parse_args(parser, ["--help"] if everything else argv, names))
 
 
@@ -108,9 +108,6 @@ def settle(given):
     options, in_cfg, in_recipe = ({f.name: given[f.name] for f in fields(t) if f.name in given}
                                   for t in (Options, Config, Recipe))
     toy, changes = given.get("data", "toy") == "toy", {}
-    if (name := given.get("variant", "diffu")) not in variants.VARIANTS:
-        near = get_close_matches(name, variants.VARIANTS, 1, 0)[0]
-        raise ConfigError(f"there is no --variant {name}: do you mean {near}?")
     options = asdict(Options(**{"workers": 0 if toy else 2} | options))
     if options["weights"]:
         _, meta = read_meta(options["weights"])
@@ -119,21 +116,16 @@ def settle(given):
                 raise ConfigError(f"--weights {options['weights']} has its own {name}: omit yours")
         options |= {"variant": meta["variant"], "preset": "checkpoint",
                     "known": dict(zip(meta["category_ids"], meta["classes"]))}
-        row, recipe = Config(**meta["config"]), Recipe(**meta["recipe"])
-        if not toy and meta["classes"] == [*data.OUTLINES]:  # toy pictures' size suits no images
-            recipe = recipe.but(**variants.SMALL_RECIPE, crop=True)
-        recipe = recipe.but(**variants.FINE_TUNE_RECIPE)
+        row = Config(**meta["config"])
+        recipe = Recipe(**meta["recipe"]).but(**variants.FINE_TUNE_RECIPE)
     else:
+        row, recipe = variants.variant(options["variant"]), variants.recipe(options["variant"])
         if options["preset"] == "auto":
             options["preset"] = "published" if options["data"] == "coco" else "small"
-        row, recipe = variants.variant(options["variant"]), variants.recipe(options["variant"])
         if options["preset"] == "small":
-            asked = row.but(**in_cfg)
-            changes = {k: v for k, v in variants.small(asked).items()
-                       if not variants.idle([k], asked)}
-            changes |= {"backbone": "resnet50"} if asked.dilation else {}  # a resnet18 cannot
-            recipe = recipe.but(**(variants.TOY_RECIPE if toy else variants.SMALL_RECIPE) | (
-                {} if recipe.max_size else {"max_size": 0}))  # squares stay squares
+            changes, squares = variants.small(row.but(**in_cfg)), not recipe.max_size
+            recipe = recipe.but(**variants.TOY_RECIPE if toy else variants.SMALL_RECIPE)
+            recipe = recipe.but(max_size=0) if squares else recipe
         if in_recipe.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"  # frozen random statistics learn nothing
     if options["overfit"]:
@@ -142,33 +134,20 @@ def settle(given):
     if in_recipe.get("image_size", 0) > 0:  # or the other limit would hold it back in silence
         scale = given["image_size"] / recipe.image_size
         recipe = recipe.but(max_size=round(recipe.max_size * scale))
-    recipe, cfg = recipe.but(**in_recipe), row.but(**changes | in_cfg)
+    cfg = row.but(**changes | in_cfg)
     if why := variants.idle(given, cfg):
         raise ConfigError(why)
-    options["out"] = gather(free_folder(options))[0]
-    return options, cfg, shared(recipe)
-
-
-def shared(recipe):
-    """The recipe, or ConfigError where the processes cannot share its batches."""
-    if recipe.batch_size % world():
-        raise ConfigError(f"--batch-size {recipe.batch_size}: choose a multiple of {world()}")
-    return recipe
+    name = f"out/{options['variant']}-{Path(options['data']).resolve().name}"
+    out = options["out"] = gather(options["out"] or numbered(name))[0]
+    if any(Path(out, file).exists() for file in LAST):
+        raise ConfigError(f"--out {out} already holds a run: --resume it, or choose another folder")
+    return options, cfg, recipe.but(**in_recipe)
 
 
 def numbered(path, inside=""):
     """The first of path, path-2, path-3, ... that does not exist, or lacks the file `inside`."""
     paths = (path, *(f"{path}-{i}" for i in range(2, 10 ** 5)))
     return next(path for path in paths if not os.path.exists(os.path.join(path, inside)))
-
-
-def free_folder(options):
-    """--out, which must not hold a run; or out/<variant>-<data>, numbered where that is taken."""
-    name = f"out/{options['variant']}-{Path(options['data']).resolve().name}"
-    out = options["out"] or numbered(name)
-    if any((Path(out) / name).exists() for name in LAST):
-        raise ConfigError(f"--out {out} already holds a run: --resume it, or choose another folder")
-    return out
 
 
 def resumed(given):
@@ -188,7 +167,7 @@ def resumed(given):
     if "epochs" in given:
         recipe["steps"] = 0  # or it would still win over --epochs
     options["out"] = str(path.parent)
-    return options, Config().but(**cfg), shared(Recipe().but(**recipe)), checkpoint
+    return options, Config().but(**cfg), Recipe().but(**recipe), checkpoint
 
 
 def describe(run):
@@ -196,13 +175,12 @@ def describe(run):
     options, recipe, cfg = run.options, run.recipe, run.model.cfg
     chosen = {"run": options, "config": asdict(cfg), "recipe": asdict(recipe)}
     (run.out / "run.json").write_text(json.dumps(chosen, indent=1))
-    base = asdict(variants.variant(options["variant"]))
+    base, parameters = asdict(variants.variant(options["variant"])), run.model.parameters()
     changed = [f"{k}={v}" for k, v in chosen["config"].items() if v != base[k]]
     print(f"{options['variant']} ({options['preset']} size) on {options['device']}: "
-          f"{sum(p.numel() for p in run.model.parameters()):,} parameters\n"
+          f"{sum(p.numel() for p in parameters):,} parameters\n"
           f"train: {run.train_set.summary}\nval:   {run.val_set.summary}\n"
-          f"{run.total:,} steps of {recipe.batch_size} images ({run.per_epoch:,} an epoch), "
-          f"{run.step:,} done -> {run.out}\n"
+          f"{run.total:,} steps ({run.per_epoch:,} an epoch), {run.step:,} done -> {run.out}\n"
           f"model, where it differs from the published one: {', '.join(changed) or '-'}\n"
           f"recipe: {', '.join(f'{k}={v}' for k, v in chosen['recipe'].items())}")
     side = recipe.image_size // (16 if cfg.dilation else 32)
@@ -217,11 +195,18 @@ def describe(run):
 
 def start():
     """Meet torchrun's other processes, if any; speak line by line, whatever the encoding."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def keep_memory():
+    """Let glibc keep what a training step frees for the next one: to hand it back to the kernel and
+    fault it in again costs 8 to 19% of a step on a CPU."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, not from mmap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def stop():
@@ -247,8 +232,8 @@ def own_device(name):
     try:
         device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: torch cannot use it ({str(error).splitlines()[0]}); "
-                          "write --device cpu, or install a torch that fits your driver") from None
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name}: {why}; write --device cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where code that names no GPU works
     return device
@@ -262,16 +247,12 @@ def gather(thing):
     return things
 
 
-def progress(items, title, total, show=True):
-    """The items, with a bar; where there is no terminal, with a line every 10 seconds."""
-    bar = tqdm(items, title, total, leave=False, disable=None if show else True)
-    started = said = time.time()
-    for n, item in enumerate(bar):
-        if show and bar.disable and time.time() - said > 10:
-            said = time.time()
-            left = tqdm.format_interval((said - started) / max(n, 1) * (total - n))
-            print(f"{title}: {n} of {total}, {left} left")
-        yield item
+def progress(items, title, total, show=True, **options):
+    """tqdm's bar over the items; where there is no terminal, a line every 10 seconds."""
+    line = "{desc}: {n} of {total}{postfix}, {rate_fmt}, {remaining} left\n"
+    options |= dict(leave=False, dynamic_ncols=True) if sys.stderr.isatty() else dict(
+        mininterval=10, bar_format=line)
+    return tqdm(items, title, total, disable=not show, **options)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ class Run:
     """A run's state, from what `runs.settle` or `runs.resumed` gives."""
 
     def __init__(self, options, cfg, recipe, checkpoint=None):
+        if recipe.batch_size % runs.world():
+            raise ConfigError(f"--batch-size {recipe.batch_size}: not a multiple of {runs.world()}")
         torch.manual_seed(options["seed"])
         self.options, self.recipe, self.out = options, recipe, Path(options["out"])
         self.device, self.first = runs.own_device(options["device"]), runs.rank() == 0
@@ -42,25 +44,26 @@ class Run:
         self.autocast = partial(torch.autocast, self.device.type, half, half is not None)
 
         # Data. Labels count its categories; a checkpoint's are kept where it knows all of them.
-        sizes, known = (recipe.image_size, recipe.max_size), options.get("known") or {}
-        plain = data.eval_transform(*sizes)
-        augment = plain if options["overfit"] else data.train_transform(
-            *sizes, crop=recipe.crop, several=recipe.sizes == "image")
-        opened = partial(data.open_data, options["data"], options["data_root"], image_size=sizes[0],
+        size, overfit = (recipe.image_size, recipe.max_size), options["overfit"]
+        plain = data.eval_transform(*size)
+        augment = plain if overfit else data.train_transform(
+            *size, crop=recipe.crop, several=recipe.sizes == "image")
+        opened = partial(data.open_data, options["data"], options["data_root"], image_size=size[0],
                          annotations=options["annotations"], seed=options["seed"],
-                         share=None if options["overfit"] else options["val_share"])
+                         share=None if overfit else options["val_share"])
         labels = checkpoint and dict(zip(checkpoint["category_ids"], checkpoint["classes"]))
-        train_set = opened("train", augment, labels)
-        labels = dict(zip(train_set.category_ids, train_set.classes))
+        self.train_set = opened("train", augment, labels)
+        labels = dict(zip(self.train_set.category_ids, self.train_set.classes))
+        known = options.get("known") or {}
         same = known.items() >= labels.items()
         if same and not checkpoint:
-            train_set, labels = opened("train", augment, known), known
-        self.val_set = opened("train" if options["overfit"] else "val", plain, labels)
-        count = min(options["overfit"] or len(train_set), len(train_set))
-        rare = recipe.repeat_rare and data.repeat_factors(train_set, recipe.repeat_rare)[:count]
+            self.train_set, labels = opened("train", augment, known), known
+        self.val_set = opened("train" if overfit else "val", plain, labels)
+        count = min(overfit or len(self.train_set), len(self.train_set))
+        rare = recipe.repeat_rare and data.repeat_factors(self.train_set, recipe.repeat_rare)
         self.order_of = partial(data.batch_order, count, recipe.batch_size, options["seed"],
-                                factors=rare if recipe.repeat_rare else None)
-        self.train_set, self.per_epoch = train_set, len(self.order_of(0))
+                                factors=rare[:count] if recipe.repeat_rare else None)
+        self.per_epoch = len(self.order_of(0))
         self.total = recipe.steps or recipe.epochs * self.per_epoch
 
         # Model. DistributedDataParallel hands process 0's weights to all.
@@ -90,32 +93,29 @@ class Run:
             for name in ("model", "optimizer", "scaler"):
                 getattr(self, name).load_state_dict(checkpoint[name])
             if self.average:
-                self.average.module.load_state_dict(checkpoint["ema"])
+                self.evaluated.load_state_dict(checkpoint["ema"])
                 self.average.n_averaged.fill_(self.step)
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             runs.cut_log(self.log, self.step)
             runs.describe(self)
 
-    def save(self, name="last.pth", whole=True):
-        """Write a checkpoint, to be resumed (`whole`) or with nothing but what is evaluated."""
-        keep = name == "last.pth" and self.wrote  # one from an earlier process may be damaged
-        if name == "last.pth":
+    def save(self, name="last.pth"):
+        """Write a checkpoint to be resumed; best.pth has nothing but what is evaluated."""
+        last, whole = name == "last.pth", dict(
+            run=self.options, best=self.best, tested=self.tested, model=self.model.state_dict(),
+            ema=self.average and self.evaluated.state_dict(),
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        if self.first:  # an earlier process's last.pth may be damaged: it is not kept
+            runs.save(self.out / name, dict(
+                format="minDETR", variant=self.options["variant"], step=self.step,
+                config=asdict(self.model.cfg), recipe=asdict(self.recipe),
+                category_ids=self.train_set.category_ids, classes=self.train_set.classes,
+                held_out=self.val_set.names.tolist() if self.options["val_share"] else [],
+                **dict(model=self.evaluated.state_dict()) if name == "best.pth" else whole),
+                keep_previous=last and self.wrote)
+        if last:
             self.saved, self.wrote = time.time(), True
-        checkpoint = {"format": "minDETR", "variant": self.options["variant"], "step": self.step,
-                      "config": asdict(self.model.cfg), "recipe": asdict(self.recipe),
-                      "category_ids": self.train_set.category_ids,
-                      "classes": self.train_set.classes,
-                      "held_out": self.val_set.names.tolist() if self.options["val_share"] else []}
-        if whole:
-            checkpoint |= dict(
-                run=self.options, best=self.best, tested=self.tested, model=self.model.state_dict(),
-                ema=self.average and self.average.module.state_dict(),
-                optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
-        else:
-            checkpoint["model"] = self.evaluated.state_dict()
-        if self.first:
-            runs.save(self.out / name, checkpoint, keep)
 
     def test_if_due(self):
         """At the end of an `eval_every`th epoch and of the run: evaluate, and keep the best."""
@@ -137,7 +137,7 @@ class Run:
         self.say("step {}: AP {AP:.3f} AP50 {AP50:.3f}".format(self.step, **metrics))
         if metrics["AP"] > self.best or not (self.out / "best.pth").exists():
             self.best = metrics["AP"]
-            self.save("best.pth", whole=False)
+            self.save("best.pth")
             evaluation.picture_grid(model, self.val_set, self.out / "predictions.png",
                                     range(min(8, limit or 8, len(self.val_set))))
         self.save()
@@ -148,9 +148,8 @@ class Run:
 
 def train(run):
     """Train to the end, or until a signal, whose number it returns (0: none)."""
-    bar = tqdm(total=run.total, initial=run.step, unit="step", dynamic_ncols=True,
-               disable=None if run.first else True)  # None: where there is no terminal
-    steps, begun, first, said = [], time.time(), run.step, 0  # steps: since the log's last line
+    bar = runs.progress(None, "steps", run.total, run.first, initial=run.step, unit="step")
+    steps = []  # since the log's last line
     with runs.catch_signals() as interrupted, bar:
         run.test_if_due()  # it may have died in its evaluation
         while run.step < run.total:
@@ -159,7 +158,8 @@ def train(run):
             for part in run.frozen:
                 part.eval()
             ended = time.perf_counter()  # what was between the epochs is not counted
-            for batch in steps_of(run, run.order_of(epoch, start=run.step % run.per_epoch)):
+            order = run.order_of(epoch, start=run.step % run.per_epoch)
+            for batch in steps_of(run, order[:run.total - run.step]):
                 started = time.perf_counter()
                 # Noise and dropout come from the step's number: a resumed run draws the same.
                 noise = random.Random(f"noise {run.options['seed']} {run.step} {runs.rank()}")
@@ -176,12 +176,7 @@ def train(run):
                     if run.first:
                         lr = max(group["lr"] for group in run.optimizer.param_groups)
                         runs.append_log(run.log, step=run.step, epoch=epoch, lr=lr, **line)
-                    bar.set_postfix_str(f"loss {line['loss']:.3f}")
-                if run.first and bar.disable and time.time() - said > 10:  # there is no terminal
-                    said, speed = time.time(), (run.step - first) / (time.time() - begun)
-                    print(f"step {run.step}/{run.total}: loss {runs.world() * values['loss']:.3f}, "
-                          f"{speed * run.recipe.batch_size:.1f} images/s, "
-                          f"{tqdm.format_interval((run.total - run.step) / speed)} left")
+                    bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
                 if run.options["keep_every"] and run.step % run.options["keep_every"] == 0:
                     run.save(f"step-{run.step}.pth")
                 if number := interrupted():
@@ -190,8 +185,6 @@ def train(run):
                     return number
                 if run.step % run.options["save_steps"] == 0 or time.time() - run.saved > 300:
                     run.save()
-                if run.step == run.total:
-                    break
             run.test_if_due()
         run.say(f"done at step {run.step}: best AP {run.best:.3f}; checkpoints, log, curves and "
                 f"predictions are in {run.out}")
@@ -264,14 +257,12 @@ def forward_backward(run, batch):
 
 def resampled(run, images, mask):
     """RF-DETR's sizes: one a batch, up to five of its windows' patches more or less a side."""
-    recipe = run.recipe
-    if recipe.sizes != "batch" or not recipe.crop:
-        return images, mask
-    steps = torch.randint(-5, 6, ()).item()
-    side = max(1, recipe.image_size // run.model.backbone.divisor + steps)
-    size = (side * run.model.backbone.divisor,) * 2
-    images = F.interpolate(images, size, mode="bilinear")
-    return images, F.interpolate(mask[:, None].float(), size)[:, 0].bool()
+    if run.recipe.sizes == "batch" and run.recipe.crop:
+        unit = run.model.backbone.divisor
+        side = unit * max(1, run.recipe.image_size // unit + torch.randint(-5, 6, ()).item())
+        images = F.interpolate(images, (side, side), mode="bilinear")
+        mask = F.interpolate(mask[:, None].float(), (side, side))[:, 0].bool()
+    return images, mask
 
 
 def parameter_groups(model, recipe):
@@ -279,25 +270,25 @@ def parameter_groups(model, recipe):
     ViT, a block's rate falls with every block above it, and vectors and places do not decay."""
     kinds = (torch.nn.LayerNorm, torch.nn.GroupNorm, torch.nn.BatchNorm2d)
     norms = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
-    vit = getattr(model.backbone, "taps", None)
-    groups = {}  # by role, not by rate: a resumed run may have another rate
+    taps, groups = getattr(model.backbone, "taps", None), {}
     for name, p in model.named_parameters():
         part, inner, block, *_ = [*name.split("."), "", ""]
         backbone, norm, above = part == "backbone", p in norms, 0
         points = "sampling_offsets" in name or "reference_points" in name
-        rate = recipe.lr_backbone if backbone else recipe.lr * (recipe.lr_points if points else 1)
         decoder = recipe.lr_component_decay < 1 and part in ("decoder", "decoder_norm",
                                                              "ref_point_head")
-        if backbone and vit and inner != "norm":  # embeddings lie below all blocks
-            count = vit[-1] + 1 + model.backbone.dino  # RF-DETR's code counts one block more
-            above = count - int(block) if inner == "blocks" else count + 1
+        if backbone and taps and inner != "norm":
+            above = taps[-1] + 1 + model.backbone.dino  # RF-DETR's code counts one block more
+            above += -int(block) if inner == "blocks" else 1  # embeddings lie below all blocks
             norm = norm or p.dim() == 1 or inner in ("pos_embed", "cls_token")
-        decay = recipe.weight_decay * (not norm or recipe.decay_norms and not (backbone and vit))
-        rate *= recipe.lr_layer_decay ** above * recipe.lr_component_decay ** (
-            2 * backbone + decoder)
+        rate = recipe.lr_backbone if backbone else recipe.lr * (recipe.lr_points if points else 1)
+        rate *= recipe.lr_component_decay ** (2 * backbone + decoder)
+        decays = not norm or recipe.decay_norms and not (backbone and taps)
+        role = backbone, points, norm, above, decoder  # not the rate: a resumed run's may differ
         if p.requires_grad:
-            groups.setdefault((backbone, points, norm, above, decoder), {
-                "params": [], "lr": rate, "weight_decay": decay})["params"].append(p)
+            groups.setdefault(role, dict(params=[], lr=rate * recipe.lr_layer_decay ** above,
+                                         weight_decay=recipe.weight_decay * decays))
+            groups[role]["params"].append(p)
     return [*groups.values()]
 
 
@@ -312,6 +303,7 @@ def main(argv=None):
     given, run = runs.parse(argv, __doc__), None
     try:
         runs.start()
+        runs.keep_memory()
         run = Run(*(runs.resumed if "resume" in given else runs.settle)(given))
         number = train(run)
         runs.stop()
@@ -323,11 +315,8 @@ def main(argv=None):
             raise
         why = "another process of this run has ended: see its error."
     if run and isinstance(why, (data.DataError, str)):  # what was learned until then is kept
-        try:
-            run.save()
-            why = f"{why} The {run.step} steps until then are saved: {run.again}"
-        except weights.WeightsError as error:
-            why = f"{why} And {error}"
+        run.save()
+        why = f"{why} The {run.step} steps until then are saved: {run.again}"
     process = f" (process {runs.rank()})" if runs.rank() else ""
     print(f"error{process}: {why}", file=sys.stderr)
     return 2

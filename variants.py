@@ -387,9 +387,11 @@ OVERFIT_RECIPE = dict(steps=500, warmup=50, eval_every=100)
 
 
 def small(row):
-    """The fields that make a row small, whatever its backbone."""
+    """The fields that make a row small, of those that something reads in it."""
     vit = SMALL_VIT | {"backbone": row.backbone} if row.backbone in VITS else {}
-    return SMALL | {"encoder_layers": min(2, row.encoder_layers)} | vit
+    large = {"backbone": "resnet50"} if row.dilation else {}  # a resnet18 cannot dilate
+    every = SMALL | {"encoder_layers": min(2, row.encoder_layers)} | vit | large
+    return {name: value for name, value in every.items() if not idle([name], row)}
 
 
 def variant(name, **overrides):

@@ -1,7 +1,6 @@
 """Published checkpoints' names and shapes, translated to this model's; and every file's loading.
 
-`RULES` is the whole translation, `SIGNS` recognises a file. Nothing is loaded in part: a name or
-shape that does not fit is an error that says which, and which variant the file looks like. Read
+`RULES` is the whole translation, `SIGNS` recognises a file. Nothing is loaded in part. Read
 `RULES`, `own_names`, `put`, `detect`; then `load_checkpoint`, which opens any file.
 """
 import argparse
@@ -58,8 +57,7 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"^transformer\.(encoder|decoder)\.layers\.", r"\1."),
     (r"^transformer\.encoder\.query_scale\.", "encoder_scale."),
     (r"^transformer\.decoder\.norm\.", "decoder_norm."),
-    (r"^transformer\.decoder\.", ""),  # its MLPs; and its second names of the heads
-    (r"^transformer\.", ""),
+    (r"^transformer\.(decoder\.)?", ""),  # the decoder's MLPs; and its second names of the heads
     (r"^enc_out_(class|bbox)_embed\.", r"enc_\1_embed."),
     (r"\.multihead_attn\.", ".cross_attn."),
     (r"\.sa_(\w+)_proj\.", r".self_attn.\1."),  # Conditional DETR's
@@ -91,7 +89,7 @@ SIGNS = [(tuple(names.split()), variant) for names, variant in [
     ("reference_points.weight bbox_embed.1.0.weight", "deformable_refine"),
     ("reference_points.weight input_proj.1.0.weight", "deformable"),
     ("reference_points.weight", "deformable_single"),
-    ("input_proj.0.weight", "detr"),
+    ("input_proj.0.weight", "detr detr_dc5"),
 ]]
 # Parts of published names of the family's members that have no variant here yet.
 FOREIGN = re.compile(r"mask_head\.|segmentation_head|^backbone\.0\.patch_embed|patterns")
@@ -100,12 +98,10 @@ RESNETS = {(2, 2): "resnet18", (6, 2): "resnet34", (6, 3): "resnet50", (23, 3): 
 
 
 def own_names(keys, cfg=None):
-    """Our name of every key of a state dict, {key: name}; what is not a weight is left out.
-
-    Published files call layer l's heads `class_embed.l` and, where boxes are refined, again
-    `transformer.decoder.class_embed.l`. Whether these are one head or many, only `cfg` can tell
-    (without second names: one). The index after the last layer is the encoder's.
-    """
+    """Our name of every key of a state dict, {key: name}, but for what is not a weight. Published
+    files call layer l's heads `class_embed.l` and, where boxes are refined, again
+    `transformer.decoder.class_embed.l`; whether these are one or many, only `cfg` can tell (without
+    second names: one). The index after the last layer is the encoder's."""
     keys = [k for k in keys if not IGNORED.search(k)]
     if not any(k.startswith("transformer.") for k in keys):  # ours have no `transformer`
         return {key: key for key in keys}
@@ -134,27 +130,23 @@ def own_names(keys, cfg=None):
 
 def put(module, state, names, label, advice, replaceable="(?!)", replace_all=False):
     """Load a state dict under our names (`own_names`) into a module -> (names loaded, names kept).
-
-    Every tensor must fit, or a WeightsError says what not, `advice` last. Where names match
-    `replaceable` and the tensor is absent or of another shape, or anyhow for `replace_all`, the
-    module keeps its values.
-    """
-    wanted = {k: v for k, v in module.state_dict().items() if not IGNORED.search(k)}
+    Every tensor must fit, or a WeightsError says what not, `advice()` last. The module keeps its
+    values where names match `replaceable` and the tensor does not fit, or anyhow."""
+    wanted = {k: v.shape for k, v in module.state_dict().items() if not IGNORED.search(k)}
     found, unequal = {}, []
     for key, name in names.items():  # where several share a name, they must be copies
         first = found.setdefault(name, key)
         if first != key and not torch.equal(state[first], state[key]):
             unequal.append(f"{first}, {key}")
-    other = {k for k in found if k in wanted and state[found[k]].shape != wanted[k].shape}
+    other = {k for k in found if wanted.get(k, state[found[k]].shape) != state[found[k]].shape}
     absent = {k for k in wanted if k not in found}
     kept = {k for k in absent | ({*found} if replace_all else other) if re.match(replaceable, k)}
     problems = {
         "missing": [k for k in wanted if k in absent - kept],
         "unused": [key for key, name in names.items() if name not in wanted],
         "unequal where this model has one (shared_heads=False?)": unequal,
-        "of another shape": [
-            f"{found[k]} {list(state[found[k]].shape)}, the model's is {list(wanted[k].shape)}"
-            for k in found if k in other - kept]}
+        "of another shape": [f"{found[k]} {[*state[found[k]].shape]}, the model's is {[*wanted[k]]}"
+                             for k in found if k in other - kept]}
     lines = [f"  {len(those)} {what}: " + "; ".join(those[:4]) + "; ..." * (len(those) > 4)
              for what, those in problems.items() if those]
     if lines:
@@ -197,12 +189,9 @@ def opened(source, label="the state dict"):
 
 
 def detect(state, name=""):
-    """What model a state dict belongs to, by its names and shapes -> (variant, overrides).
-
-    Works on published names and on ours. Dilation and Align-DETR's loss leave no trace: "dc5" and
-    "align" in `name`, the file's and its folder's, tell. Nor do the number of heads (the variant's
-    is assumed) and that of queries which start as proposals' features.
-    """
+    """What model a state dict belongs to, by its names (published or ours) and shapes -> (variant,
+    overrides). Dilation and Align-DETR's loss leave no trace: "dc5" and "align" in `name`, the
+    file's and its folder's, tell. Heads, and the queries of content=memory, are the variant's."""
     shape = {own: tuple(state[key].shape) for key, own in own_names(state).items()}
     variant = next((variant for names, variant in SIGNS if all(
         (n.strip("-") in shape) != n.startswith("-") for n in names)), None)
@@ -210,15 +199,6 @@ def detect(state, name=""):
     if foreign or variant is None:
         raise WeightsError(f"{name or 'the state dict'}: not one of {', '.join(variants.VARIANTS)}:"
                            f" it has {', '.join((foreign or [*state])[:3])}")
-    dilated, outputs = "dc5" in name.lower(), shape.get("class_embed.0.weight", (None,))[0]
-    labels = shape.get("label_enc.weight", (None,))[0]  # Align-DETR's has no row for no label
-    detrex = any(k.startswith("backbone.res") for k in state) or labels and labels == outputs
-    if "align" in name.lower():  # DINO's model
-        variant = {"dino": "align_published" if detrex else "align"}.get(
-            variant, variant.replace("diffu_dino", "diffu_align"))
-    elif dilated and variant == "detr":
-        variant = "detr_dc5"
-    row = variants.VARIANTS[variant.split()[0]]
 
     def size(*names, side=0):
         return next((shape[n][side] for n in names if n in shape), None)
@@ -226,34 +206,37 @@ def detect(state, name=""):
     def count(pattern):
         return len({m[1] for m in map(re.compile(pattern).match, shape) if m})
 
+    outputs, labels = size("class_embed.0.weight"), size("label_enc.weight")
+    # detrex's DINO; its labels have a row for no label, but Align-DETR's
+    detrex = any(k.startswith("backbone.res") for k in state) or labels and labels == outputs
+    if "align" in name.lower():  # DINO's model
+        variant = variant.replace("dino", "align_published" if detrex and variant == "dino"
+                                  else "align")
     levels = count(r"input_proj\.(?:stages\.)?(\d+)\.")
-    groups = count(r"enc_output\.(\d+)\.")
+    groups = count(r"enc_output\.(\d+)\.")  # LW-DETR's
+    queries = size("query_embed.weight", "tgt_embed.weight", "refpoint_embed.weight")
     offsets = size("decoder.0.cross_attn.sampling_offsets.weight")
     found = dict(
-        num_classes=outputs and outputs - (row.class_loss == "ce"),
-        num_queries=size("query_embed.weight", "tgt_embed.weight", "refpoint_embed.weight"),
+        num_classes=outputs and outputs - (variant[:4] == "detr"), query_groups=groups or None,
+        num_queries=queries and queries // max(1, groups),
         d_model=size("decoder.0.linear2.weight"), ffn=size("decoder.0.linear1.weight"),
         encoder_layers=count(r"encoder\.(\d+)\."), decoder_layers=count(r"decoder\.(\d+)\."),
-        dilation=dilated or None, levels=levels,
+        dilation="dc5" in name.lower() or None, levels=levels,
         backbone=RESNETS.get((count(r"backbone\.layer3\.(\d+)\."),
                               count(r"backbone\.layer1\.0\.conv(\d)\."))))
-    if groups:  # LW-DETR
-        found |= dict(num_queries=found["num_queries"] // groups, query_groups=groups)
     if grid := size("backbone.pos_embed", side=1):
         found |= dict(vit_width=size("backbone.pos_embed", side=2), grid=round((grid - 1) ** 0.5),
                       vit_depth=count(r"backbone\.blocks\.(\d+)\."),
                       patch=size("backbone.patch_embed.weight", side=2))
-    if "query_feat.weight" in state:  # the heads of its members are always so wide
-        found |= dict(heads=found["d_model"] // 32, cross_heads=found["d_model"] // 16)
-        if "backbone.cls_token" in shape:
-            found["vit_heads"] = found["vit_width"] // 64
-    if detrex:  # DINO as detrex has it
+    if "query_feat.weight" in state:  # the heads of LW-DETR's members are always so wide
+        found |= dict(heads=found["d_model"] // 32, cross_heads=found["d_model"] // 16,
+                      vit_heads=found["vit_width"] // 64 if "backbone.cls_token" in shape else None)
+    if detrex:
         found |= dict(shared_heads=False, pos_offset=-0.5, pos_temperature=10000.0,
                       no_label_row=labels != outputs)
     if "backbone.bn1.weight" in state:  # our names tell more
-        found["shared_heads"] = "bbox_embed.1.0.weight" not in shape
-        batch = "backbone.bn1.num_batches_tracked" in state
-        found["backbone_norm"] = "batch" if batch else "frozen"
+        found |= dict(shared_heads="bbox_embed.1.0.weight" not in shape, backbone_norm="batch"
+                      if "backbone.bn1.num_batches_tracked" in state else "frozen")
 
     def compared(name):
         row = variants.VARIANTS[name]
@@ -287,8 +270,8 @@ def coco_classes(num_classes):
     names = ["N/A", *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]]
     if num_classes == 80:
         return [n for n in names if n != "N/A"], [i for i, n in enumerate(names) if n != "N/A"]
-    names = names if num_classes == 91 else [f"class {i}" for i in range(num_classes)]
-    return names, list(range(num_classes))
+    return (names if num_classes == 91 else [f"class {i}" for i in range(num_classes)],
+            list(range(num_classes)))
 
 
 def load_weights(model, source):
@@ -307,8 +290,8 @@ def fine_tune(model, source, same_classes):
     if model.cfg.content == "label" and old is not None:  # its last row is no class, but content
         model.label_enc.weight.data[-1] = old[-1]
     modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in fresh))
-    new = f"new, for {model.cfg.num_classes} classes: {modules}" if fresh else "none new"
-    return f"{label}: {len(loaded)} tensors kept; {new}"
+    return f"{label}: {len(loaded)} tensors kept; " + (
+        f"new, for {model.cfg.num_classes} classes: {modules}" if fresh else "none new")
 
 
 def _load(model, checkpoint, label, *replace):
@@ -318,11 +301,8 @@ def _load(model, checkpoint, label, *replace):
 
 
 def read_meta(path, **overrides):
-    """What a file holds, whoever wrote it -> (its dict, meta).
-
-    overrides: `Config` fields. meta: `variant`, `config`, `recipe` (dicts), `classes` and
-    `category_ids` (by label), `held_out` (names of the images that --val-share kept apart).
-    """
+    """What anybody's file holds, with `Config` overridden -> (its dict, meta): variant, config and
+    recipe as dicts, classes and category_ids by label, held_out (what --val-share kept apart)."""
     checkpoint = read_checkpoint(path)
     variant, found = identify(checkpoint, str(path))
     cfg = variants.variant(variant).but(**found | overrides)
@@ -343,11 +323,8 @@ def load_checkpoint(path, device="cpu", **overrides):
 
 
 def load_backbone(model, which):
-    """Weights for the backbone of a model that is otherwise trained from scratch.
-
-    which: "default", torchvision's IMAGENET1K_V1 (for V2, which is better on ImageNet, no learning
-    rate was found); "none", random; or a path to a state dict of torchvision or any detector.
-    """
+    """Weights of the backbone alone. which: "default", torchvision's IMAGENET1K_V1 (for V2, better
+    on ImageNet, no learning rate was found); "none", random; or a path to those of any detector."""
     if which == "none":
         return
     if which != "default":
