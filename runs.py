@@ -251,7 +251,7 @@ def progress(items, title, total, show=True, **options):
     """tqdm's bar over the items; where there is no terminal, a line every 10 seconds."""
     line = "{desc}: {n} of {total}{postfix}, {rate_fmt}, {remaining} left\n"
     options |= dict(leave=False, dynamic_ncols=True) if sys.stderr.isatty() else dict(
-        mininterval=10, bar_format=line)
+        mininterval=10, position=0, bar_format=line)
     return tqdm(items, title, total, disable=not show, **options)
 
 

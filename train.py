@@ -38,7 +38,8 @@ class Run:
         torch.manual_seed(options["seed"])
         self.options, self.recipe, self.out = options, recipe, Path(options["out"])
         self.device, self.first = runs.own_device(options["device"]), runs.rank() == 0
-        self.say = tqdm.write if self.first else lambda text: None
+        speak = tqdm.write if sys.stderr.isatty() else print  # the first: above the bar
+        self.say = speak if self.first else lambda text: None
         self.again = f"python train.py --resume {self.out}"
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(options["amp"])
         self.autocast = partial(torch.autocast, self.device.type, half, half is not None)
