@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import data
 import variants
 from variants import Config, ConfigError, Recipe, option
 from weights import WeightsError, read_checkpoint, read_meta

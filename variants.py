@@ -3,7 +3,11 @@
 `Config` is what a model is, `Recipe` how its authors trained it; `VARIANTS` and `RECIPES` are the
 two tables. A field is one idea, never one paper: model.py asks `cfg.reference == "noise"`, not
 `variant == "diffu"`, so ideas combine freely and a new variant is one line. Read `Config`'s fields,
-then the table at the end, which names the papers.
+then the table at the end.
+
+Papers: DETR (Carion 2020), Conditional DETR (Meng 2021), DAB-DETR (Liu 2022), Deformable DETR (Zhu
+2021), DN-DETR (Li 2022), DINO (Zhang 2023), Align-DETR (Cai 2023), Group DETR (Chen 2023:
+query_groups), LW-DETR (Chen 2024), RF-DETR (Robinson 2025), DiffuDETR (ICLR 2026).
 """
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -53,7 +57,7 @@ def unmet(row, needs):
 
 BOXES = ("anchors", "proposals", "noise")  # references that are 4-D boxes from the first layer on
 RESNETS, VITS = ("resnet18", "resnet34", "resnet50", "resnet101"), ("vit", "dinov2")
-RESNET, VIT, FROZEN = {"backbone": RESNETS}, {"backbone": VITS}, {"backbone_norm": ("frozen",)}
+RESNET, VIT = {"backbone": RESNETS}, {"backbone": VITS}
 PROPOSES, NOISE = {"two_stage": (True,)}, {"reference": ("noise",)}
 DEFORMABLE, DENOISES = {"attention": ("deformable",)}, {"denoising": ("dn", "cdn")}
 SEVERAL = NOISE | {"sampling_steps": range(2, 10 ** 9)}
@@ -72,82 +76,119 @@ class Config:
     decoder_layers: int = option(6, "decoder layers L; each predicts and is supervised")
     dropout: float = option(0.1, "dropout in the transformer", high=0.99)
     # ---- what sees the image
-    backbone: str = option("resnet50", "a ResNet, LW-DETR's ViT or RF-DETR's", *RESNETS, *VITS)
-    dilation: bool = option(False, "DC5: the last stage keeps stride 16, dilated", when=RESNET)
-    backbone_norm: str = option("frozen", "batch: for scratch", "frozen", "batch", when=RESNET)
-    frozen_stages: str = option("layer1", "not trained: stem and layer1 (DETR), stem (Align-DETR)",
-                                "layer1", "stem", "none", when=RESNET | FROZEN)
+    backbone: str = option("resnet50", "torchvision's ResNet; a plain ViT (LW-DETR), or DINOv2's "
+                           "(RF-DETR)", *RESNETS, *VITS)
+    dilation: bool = option(False, "DC5: the last stage keeps stride 16 and dilates its kernels",
+                            when=RESNET)
+    backbone_norm: str = option("frozen", "frozen, as published; batch: trainable, for scratch",
+                                "frozen", "batch", when=RESNET)
+    frozen_stages: str = option(
+        "layer1", "what pretraining has learned once and for all: the stem and layer1 (DETR), the "
+        "stem alone (Align-DETR), or none of it (DiffuDINO)", "layer1", "stem", "none",
+        when=RESNET | {"backbone_norm": ("frozen",)})
     vit_width: int = option(192, "channels of the ViT", when=VIT)
     vit_heads: int = option(12, "its attention heads", when=VIT)
     vit_depth: int = option(6, "its blocks", when=VIT)
     patch: int = option(16, "side of a token's patch in pixels", when=VIT)
-    grid: int = option(14, "tokens a side with learned positions; resized for others", when=VIT)
+    grid: int = option(14, "tokens a side that have learned positions; resized for others",
+                       when=VIT)
     windows: int = option(4, "windows a side, into which most blocks look one by one", when=VIT)
     global_blocks: str = option("1 3 5", "blocks, from 0, that look at all windows", when=VIT)
     taps: str = option("1 3 5", "blocks whose outputs are read", when=VIT)
-    drop_path: float = option(0.0, "chance to skip the last block, per window", high=0.99, when=VIT)
-    projector_norm: str = option("batch", "of a ViT's reader", "batch", "layer", when=VIT)
-    levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 and 5 add stride-2 ones; of a "
-                         "ViT 1 = its stride, 2 = half and twice, 3 = all three", 1, 2, 3, 4, 5)
+    drop_path: float = option(0.0, "chance to skip the last block's sublayers in training, per "
+                              "window; less in earlier ones", high=0.99, when=VIT)
+    projector_norm: str = option("batch", "norm of the convolutions that read a ViT: of the batch "
+                                 "(LW-DETR) or of a pixel's channels (RF-DETR)", "batch", "layer",
+                                 when=VIT)
+    levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 and 5 add 3x3 stride-2 "
+                         "convolutions; of a ViT 1 = its stride, 2 = half and twice, 3 = all three",
+                         1, 2, 3, 4, 5)
     pos_temperature: float = option(10000.0, "T of the image's sine position encoding", low=1)
     pos_offset: float = option(0.0, "added to the cells' count (-0.5: their centres)", low=-1)
-    activation: str = option("relu", "of the feed-forward blocks", "relu", "prelu")
-    encoder_scale: bool = option(False, "scale positions by an MLP of the encoder's tokens (DAB)")
+    activation: str = option("relu", "of the feed-forward blocks (prelu: DAB-DETR)",
+                             "relu", "prelu")
+    encoder_scale: bool = option(False, "scale the image's position encoding before each encoder "
+                                 "layer by an MLP of the tokens (DAB-DETR)")
     # ---- attention to the image
-    attention: str = option("dense", "to all tokens; conditional: position apart from content; "
-                            "deformable: to a few points", "dense", "conditional", "deformable")
-    cross_heads: int = option(0, "heads of that attention in the decoder (0: --heads)", low=0)
+    attention: str = option(
+        "dense", "how queries look at it: dense: at all tokens, content and position summed; "
+        "conditional: concatenated per head (Conditional DETR); deformable: at a few points",
+        "dense", "conditional", "deformable")
+    cross_heads: int = option(0, "heads of the decoder's attention to the image (0: as --heads)",
+                              low=0)
     points: int = option(4, "sampling points P per head and level", when=DEFORMABLE)
     # ---- where a query starts
-    reference: str = option("none", "where a query looks first: none (DETR), learned points "
-                            "(Deformable), learned boxes (anchors: DAB, DN), the encoder's "
-                            "proposals (DINO), or noise (DiffuDETR)", "none", "points", *BOXES)
+    reference: str = option(
+        "none", "a query's reference: none (DETR), learned points (Deformable DETR) or 4-D anchors "
+        "(DAB, DN), the encoder's proposals (two-stage, DINO), or noise (DiffuDETR)",
+        "none", "points", *BOXES)
     two_stage: bool = option(False, "the encoder proposes boxes and is supervised")
-    group_proposals: bool = option(False, "each query group has its own (LW-DETR)", when=PROPOSES)
-    proposal_offsets: bool = option(False, "queries correct proposals by learned offsets (LW-DETR)",
-                                    when={"reference": ("proposals",)})
-    content: str = option("zero", "zero (DETR), split (Deformable: half of the position's vector), "
-                          "learned (DINO), label (DN-DAB: of no label) or memory (the proposals')",
-                          "zero", "split", "learned", "label", "memory")
-    query_scale: bool = option(False, "scale the reference's encoding by an MLP of the last output")
-    size_modulation: bool = option(False, "... by the reference's width and height (DAB-DETR)")
-    query_groups: int = option(1, "groups of queries in training, matched apart (Group DETR)")
+    group_proposals: bool = option(False, "each query group has its own head for proposals "
+                                   "(LW-DETR)", when=PROPOSES)
+    proposal_offsets: bool = option(
+        False, "queries correct their proposals by learned offsets, all images alike (LW-DETR)",
+        when={"reference": ("proposals",)})
+    content: str = option(
+        "zero", "zero (DETR), split (Deformable: half of the position's vector), learned (DINO's "
+        "mixed query selection), label (DN-DAB: the embedding of no label) or memory (the best "
+        "proposals' features: published DiffuDINO)", "zero", "split", "learned", "label", "memory")
+    query_scale: bool = option(False, "scale a position made from the reference by an MLP of the "
+                               "previous layer's output (Conditional, DAB, DN)")
+    size_modulation: bool = option(False, "scale that position by the reference's width and height "
+                                   "(DAB-DETR)")
+    query_groups: int = option(1, "groups of queries in training, each matched on its own (Group "
+                               "DETR, LW-DETR); inference uses the first")
     # ---- how boxes improve from layer to layer
     refine: bool = option(False, "each layer starts from the previous layer's boxes")
-    box_codec: str = option("logit", "a box head says: changes of the reference's inverse sigmoid, "
-                            "or shifts and log scales in its sides (LW-DETR)", "logit", "relative")
+    box_codec: str = option(
+        "logit", "what a box head says: logit: the change of the reference's inverse sigmoid; "
+        "relative: shifts and log scales in its width and height (LW-DETR)", "logit", "relative")
     look_forward_twice: bool = option(False, "a layer's loss also reaches the previous layer's box")
     shared_heads: bool = option(True, "one class and box head for all layers, or one each")
     decoder_norm: bool = option(True, "LayerNorm on every layer's output before the heads")
     # ---- what the encoder's proposals are
-    proposal_score: str = option("max", "class 0's or the best", "first", "max", when=PROPOSES)
-    proposal_labels: str = option("true", "or object or not", "true", "binary", when=PROPOSES)
-    proposal_loss: str = option("selected", "or of all tokens", "selected", "all", when=PROPOSES)
+    proposal_score: str = option("max", "rank by class 0 alone (Deformable) or by the best class",
+                                 "first", "max", when=PROPOSES)
+    proposal_labels: str = option("true", "true labels (DINO), or all class 0: object or not",
+                                  "true", "binary", when=PROPOSES)
+    proposal_loss: str = option("selected", "supervise the selected ones (DINO) or all tokens",
+                                "selected", "all", when=PROPOSES)
     # ---- denoising queries, training only (diffusion.py)
-    denoising: str = option("none", "undo noise; cdn: and reject far boxes", "none", "dn", "cdn")
-    no_label_row: bool = option(True, "their label embedding has a row for no label", when=DENOISES)
-    dn_queries: int = option(100, "cdn: positive queries", when={"denoising": ("cdn",)})
+    denoising: str = option("none", "dn: reconstruct noised boxes; cdn: and reject far ones",
+                            "none", "dn", "cdn")
+    no_label_row: bool = option(True, "their label embedding ends with a row for no label, which "
+                                "only content=label reads, but most files hold", when=DENOISES)
+    dn_queries: int = option(100, "cdn: positive queries, in as many groups as fit",
+                             when={"denoising": ("cdn",)})
     dn_groups: int = option(5, "dn: groups of all targets", when={"denoising": ("dn",)})
-    label_noise: float = option(0.2, "share of random labels among theirs", high=1, when=DENOISES)
+    label_noise: float = option(0.2, "share of denoising labels that are random", high=1,
+                                when=DENOISES)
     box_noise: float = option(0.4, "how far denoising boxes move: diffusion.py", when=DENOISES)
     # ---- the diffusion of reference boxes (diffusion.py)
     timesteps: int = option(100, "T, the steps of the forward process", when=NOISE)
-    schedule: str = option("cosine", "of the noise", "cosine", "linear", "sqrt", when=NOISE)
-    noise: str = option("gaussian", "its law", "gaussian", "sigmoid_gaussian", "beta", when=NOISE)
+    schedule: str = option("cosine", "noise schedule (linear never reaches pure noise)",
+                           "cosine", "linear", "sqrt", when=NOISE)
+    noise: str = option("gaussian", "law of the noise; each has mean 0 and variance 1",
+                        "gaussian", "sigmoid_gaussian", "beta", when=NOISE)
     signal_scale: float = option(2.0, "boxes are noised as (2c - 1) * scale", low=0.01, when=NOISE)
-    time: str = option("add", "how a layer is told t: after self-attention (paper), or before all "
-                       "sublayers (the published code)", "add", "scale_shift", when=NOISE)
+    time: str = option(
+        "add", "how a decoder layer is told t: added after self-attention (paper), or scale and "
+        "shift before every sublayer (published code)", "add", "scale_shift", when=NOISE)
     sampling_steps: int = option(3, "S: decoder evaluations at inference", when=NOISE)
-    sampler: str = option("ddim", "or the published code's", "ddim", "published", when=SEVERAL)
-    eta: float = option(0.0, "1: as noisy as DDPM", high=1, when=SEVERAL | {"sampler": ("ddim",)})
-    renewal: bool = option(True, "between steps, replace hopeless boxes by noise", when=SEVERAL)
+    sampler: str = option("ddim", "ddim, or the published code's, for its checkpoints only",
+                          "ddim", "published", when=SEVERAL)
+    eta: float = option(0.0, "DDIM's eta: 0 deterministic, 1 as much fresh noise as DDPM", high=1,
+                        when=SEVERAL | {"sampler": ("ddim",)})
+    renewal: bool = option(True, "between sampling steps, replace hopeless boxes by fresh noise",
+                           when=SEVERAL)
     ensemble_nms: float = option(0.8, "IoU of the NMS over all steps' boxes", high=1, when=SEVERAL)
     # ---- assignment and loss (matcher.py)
-    class_loss: str = option("ce", "ce: softmax with no-object; vfl (DiffuDINO's code) and ia "
-                             "(Align-DETR) know the IoU", "ce", "focal", "vfl", "ia")
+    class_loss: str = option("ce", "ce: softmax with no-object; focal; IoU-aware vfl (DiffuDINO's "
+                             "code) and ia (Align-DETR)", "ce", "focal", "vfl", "ia")
     copies: int = option(1, "queries a target in all but the last layer (Align-DETR: 2)")
-    copies_rule: str = option("fair", "where they do not go round: one each, or none for some",
-                              "fair", "published", when={"copies": range(2, 10 ** 9)})
+    copies_rule: str = option(
+        "fair", "where they do not go round: fair: every target keeps one; published (Align-DETR's "
+        "code): some get none", "fair", "published", when={"copies": range(2, 10 ** 9)})
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")

@@ -5,6 +5,7 @@
 """
 import argparse
 import re
+import socket
 from dataclasses import asdict
 from pathlib import Path
 
@@ -336,12 +337,15 @@ def load_backbone(model, which):
     else:
         weights = get_model_weights(model.cfg.backbone)["IMAGENET1K_V1"]
         label = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+        socket.setdefaulttimeout(10)  # offline, fail in seconds rather than minutes
         try:
             state = weights.get_state_dict(check_hash=True)
         except Exception as error:  # no network, no room, a file cut short or of another hash
             raise WeightsError(f"{weights.url} cannot be downloaded ({error}): put it at {label}, "
                                "give --backbone-weights PATH, or --backbone-weights none, which "
                                "needs no network, but many more images or epochs") from None
+        finally:
+            socket.setdefaulttimeout(None)
     names = own_names(state)
     part = "backbone." if any(n.startswith("backbone.") for n in names.values()) else ""
     names = {k: name.removeprefix(part) for k, name in names.items()
