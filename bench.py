@@ -262,6 +262,28 @@ def bench_score(args, images=5000, detections=300):
     print(f"{images} x {detections} detections: {time.perf_counter() - started:.1f} s, AP {ap:.4f}")
 
 
+def score_v3det(share, K=13_204, most=300):
+    """V3Det's validation set in size, or a share of its images: `most` detections around an image's
+    boxes, half of them with a right label, in a random tree -> AP."""
+    g, images, count = np.random.default_rng(0), int(29_821 * share), int(220_429 * share)
+    owner, label = np.sort(g.integers(images, size=count)), g.integers(1, K + 1, count)
+    boxes = np.hstack([g.uniform(0, 400, (count, 2)), g.uniform(8, 240, (count, 2))])
+    image = np.repeat(np.arange(images), most)
+    like = np.minimum(np.searchsorted(owner, image) + g.integers(8, size=len(image)), count - 1)
+    guess = np.where(g.random(len(image)) < 0.5, label[like], g.integers(1, K + 1, len(image)))
+    found = np.column_stack([image, guess, g.random(len(image), np.float32),
+                             np.abs(boxes[like] + g.normal(0, 4, (len(image), 4)))])
+    above = {1: []}
+    for k in range(2, K + 1):
+        parent = int(g.integers(1, k))
+        above[k] = [parent, *above[parent]]
+    truth = dict(images=[], categories=[dict(id=k) for k in range(1, K + 1)], ancestors=above)
+    truth["annotations"] = [
+        dict(image_id=i, category_id=c, iscrowd=0, area=box[2] * box[3], bbox=box)
+        for i, c, box in zip(owner.tolist(), label.tolist(), boxes.tolist())]
+    return lvis.metrics(truth, found, range(images))["AP"]
+
+
 def bench_kill(args):
     """A run of seconds: its memory must not grow with its steps (soak, --steps 200 and 2000);
     killed and resumed, it ends in the same bits."""

@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
+import lvis
+
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's (R, G, B), on which the
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)  # backbones were pretrained
 
@@ -63,6 +65,7 @@ def normalised(image, out=None):
 class Images(Dataset):
     """What the data sets share. Subclasses provide `image_ids`, `sizes`, `transform`, `rows` and
     read(i) -> (PIL image, boxes float32 [n,4] xyxy in pixels, labels int64 [n])."""
+    extra = {}, {}, {}  # LVIS's fields of an image, of a category; V3Det's of the whole file
 
     def __len__(self):
         return len(self.image_ids)
@@ -97,14 +100,17 @@ class Images(Dataset):
         self.label_of = {key: label for label, key in enumerate(labels) if key in names}
 
     def ground_truth(self):
-        """COCO's file of `rows`: crowds and boxes without area count in pycocotools."""
-        images = [dict(id=key, width=int(w), height=int(h))
+        """COCO's file of `rows`: crowds and boxes without area count in pycocotools; with `extra`,
+        by which `lvis.metrics` scores."""
+        lists, letters, tree = self.extra
+        images = [dict(id=key, width=int(w), height=int(h)) | lists.get(key, {})
                   for key, (w, h) in zip(self.image_ids, self.sizes)]
         boxes = [dict(id=n, image_id=self.image_ids[int(i)], bbox=box, iscrowd=int(crowd),
                       area=area, category_id=self.category_ids[int(label)])
                  for n, (i, label, crowd, area, *box) in enumerate(self.rows(), 1)]
         return dict(info={}, images=images, annotations=boxes, categories=[
-            dict(id=key, name=self.classes[label]) for key, label in self.label_of.items()])
+            dict(id=key, name=self.classes[label]) | letters.get(key, {})
+            for key, label in self.label_of.items()]) | tree
 
 
 def resized(w, h, size, max_size=None):
@@ -168,19 +174,22 @@ eval_transform = partial(train_transform, flip=False, crop=False, exact=True)  #
 
 # ================================================================== folders of people's own boxes
 
-NAMES = {"train": ("train2017", "train", "Train"),
-         "val": ("val2017", "val", "valid", "validation", "Validation"),
+PUBLISHED = "coco", "lvis", "v3det"  # words that --data knows
+NAMES = {"train": ("train2017", "train", "Train", "lvis_v1_train", "v3det_2023_v1_train"),
+         "val": ("val2017", "val", "valid", "validation", "Validation", "lvis_v1_val",
+                 "v3det_2023_v1_val"),
          "both": ("default", "result", ".", "annotations")}  # CVAT's, Label Studio's, ...
 FILES = ("annotations/instances_{}.json", "{}/_annotations.coco.json", "annotations/{}.json",
          "{}.json")  # COCO's and CVAT's, Roboflow's, ...
 
 
-def find_annotations(root, split, given=None, share=None, held_out=()):
-    """The annotation file of a split below root, and whether it is to be cut into both."""
+def find_annotations(root, split, given=None, share=None, held_out=(), series=""):
+    """The annotation file of a split below root (series: a part of its name, where COCO's and
+    LVIS's share a folder), and whether it is to be cut into both."""
     if not os.path.isdir(root):
         raise DataError(what_is_it(Path(root)))
     train, val, both = (None, None, given) if given else (
-        next((path for name in names for form in FILES
+        next((path for name in names if series in name for form in FILES
               if os.path.isfile(path := os.path.join(root, form.format(name)))), None)
         for names in NAMES.values())
     if val and share:
@@ -257,13 +266,17 @@ class CocoFolder(Images):
     for "val". Attributes: image_ids, names [N], category_ids, classes [C], summary (a line)."""
 
     def __init__(self, root, split="train", transform=None, known=None, annotations=None,
-                 share=None, seed=0, held_out=()):
+                 share=None, seed=0, held_out=(), series=""):
         self.root, self.transform, self.notes = os.path.abspath(root), transform, Counter()
-        self.file, both = find_annotations(root, split, annotations, share, held_out)
+        self.file, both = find_annotations(root, split, annotations, share, held_out, series)
         coco = _load_json(self.file)
         for record in coco["categories"]:
             record["id"] = self.whole("category", record, "id")
         self.name_labels(coco["categories"], known, self.file)
+        tree = Path(self.file).with_name("v3det_2023_v1_category_tree.json")
+        self.extra = {}, {record["id"]: {"frequency": record["frequency"]} for record in coco[
+            "categories"] if "frequency" in record}, (
+                {"ancestors": lvis.ancestors(tree)} if tree.exists() else {})
         parts = NAMES[split] if not both else sorted(  # the file's own name first
             NAMES["train"] + NAMES["val"], key=lambda name: name not in os.path.basename(self.file))
         self.find_images(coco["images"], parts)
@@ -298,9 +311,12 @@ class CocoFolder(Images):
         for record in images:
             key = record.get("id") if record.get("id") and isinstance(record["id"], str) else (
                 self.whole("image", record, "id"))
-            # LVIS mixes COCO's halves, and names an image's by its address alone.
-            name = str(record.get("file_name") or "/".join(
-                str(record.get("coco_url")).split("/")[-2:]))
+            # LVIS mixes COCO's halves, and tells an image's by its address alone.
+            name = str(record.get("file_name"))
+            if lvis.LISTS[0] in record:
+                self.extra[0][key] = {field: record.get(field) for field in lvis.LISTS}
+            if record.get("coco_url") and (lvis.LISTS[0] in record or "file_name" not in record):
+                name = "/".join(record["coco_url"].split("/")[-2:])
             slashed = name.replace("\\", "/")
             path = next((path for folder in listed for form in (name, slashed)
                          if (path := os.path.normpath(os.path.join(folder, form))).startswith(root)
@@ -483,15 +499,18 @@ class ToyShapes(Images):
 
 def open_data(data, data_root=None, split="train", transform=None, known=None, image_size=128,
               toy_count=None, **where):
-    """The data set that a command line names: "toy", "coco" (in data_root, $COCO_ROOT or data/coco)
-    or a folder (where: see `CocoFolder`). image_size, toy_count: of the toy pictures."""
-    if data_root is not None and data != "coco":
-        raise DataError(f"data_root '{data_root}' is for data 'coco', not '{data}'. Omit one.")
+    """The data set that a command line names: "toy"; "coco" (in data_root, $COCO_ROOT or data/coco)
+    and so "lvis" and "v3det"; or a folder (where: see `CocoFolder`). image_size, toy_count: of the
+    toy pictures."""
+    if data_root is not None and data not in PUBLISHED:
+        raise DataError(f"data_root '{data_root}' is for data 'coco', 'lvis' or 'v3det', not "
+                        f"'{data}'. Omit one.")
     if data == "toy":
         count, seed = (2000, 0) if split == "train" else (200, 1)  # other seed, other pictures
         return ToyShapes(toy_count or count, image_size, seed, transform, known)
-    if data == "coco":
-        data = data_root or os.environ.get("COCO_ROOT") or os.path.join("data", "coco")
+    if data in PUBLISHED:
+        where["series"] = data if data != "coco" else ""
+        data = data_root or os.environ.get(f"{data.upper()}_ROOT") or os.path.join("data", data)
     return CocoFolder(data, split, transform, known, **where)
 
 

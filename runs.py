@@ -30,12 +30,17 @@ from weights import WeightsError, read_checkpoint, read_meta
 class Options:
     """What a run is beside its model and its recipe, whose fields are options of train.py too."""
     variant: str = option("diffu", f"one of {', '.join(variants.VARIANTS)} (default: diffu)")
-    data: str = option("toy", "toy, coco, or a folder of images and boxes (default: toy)")
+    data: str = option("toy", "toy, coco, lvis, v3det, or a folder of images and boxes (default: "
+                       "toy)")
     annotations: str = option(None, "the annotation file (default: searched for in --data)")
     val_share: float = option(0.0, "share of images to validate on, if no split exists", high=0.9)
-    data_root: str = option(None, "where COCO is (default: $COCO_ROOT, else data/coco)")
-    preset: str = option("auto", "the paper's size and recipe (auto: on coco), or one that learns "
-                         "from scratch on a CPU (on other data)", "auto", "published", "small")
+    data_root: str = option(None, "where COCO, LVIS or V3Det is (default: $COCO_ROOT, ..., else "
+                            "data/coco, ...)")
+    preset: str = option("auto", "the paper's size and recipe (auto: on coco, lvis, v3det), or one "
+                         "that learns from scratch on a CPU (on other data)", "auto", "published",
+                         "small")
+    recipe: str = option("auto", "DiffuDINO's published steps, batches, ... on lvis or v3det "
+                         "(auto: with that --data at the published size)", "auto", *variants.LARGE)
     out: str = option(None, "the run's folder (default: out/<variant>-<data>)")
     weights: str = option(None, "start from this checkpoint, published or ours (fine-tuning)")
     overfit: int = option(0, "train and evaluate on the first N training images alone", low=0)
@@ -120,13 +125,23 @@ def settle(given):
     else:
         row, recipe = variants.variant(options["variant"]), variants.recipe(options["variant"])
         if options["preset"] == "auto":
-            options["preset"] = "published" if options["data"] == "coco" else "small"
+            large = options["data"] in ("coco", *variants.LARGE)
+            options["preset"] = "published" if large else "small"
         if options["preset"] == "small":
             changes, squares = variants.small(row.but(**in_cfg)), not recipe.max_size
             recipe = recipe.but(**variants.TOY_RECIPE if toy else variants.SMALL_RECIPE)
             recipe = recipe.but(max_size=0) if squares else recipe
         if in_recipe.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"  # frozen random statistics learn nothing
+    if (large := options["data"]) in variants.LARGE:
+        changes["detections"] = max(300, row.detections)  # as many count there
+        if options["recipe"] == "auto" and options["preset"] == "published":
+            options["recipe"] = large
+    if (large := options["recipe"]) != "auto":
+        recipe = recipe.but(**variants.LARGE[large] | ({"steps": 0} if "epochs" in given else {}))
+        if options["variant"].startswith("diffu_dino"):
+            backbone = in_cfg.get("backbone", row.backbone)
+            changes |= variants.LARGE_DIFFU_DINO.get((large, backbone), {})
     if options["overfit"]:
         ends = variants.OVERFIT_RECIPE if not {"steps", "epochs"} & {*given} else {}
         recipe = recipe.but(crop=False, **ends)

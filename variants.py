@@ -405,6 +405,16 @@ RECIPES = {
     "diffu_align": _align.but(ema=0.999), "diffu_align_published": _align.but(ema=0.999),
 }
 
+# --recipe lvis, v3det: how DiffuDINO was trained on them (12 and 24 epochs; the steps are for any
+# variant). Unpublished: when their rates drop, the crops, and LVIS's sampler, here none.
+LARGE = {"lvis": dict(steps=75_000, batch_size=16),
+         "v3det": dict(steps=550_000, batch_size=8, repeat_rare=0.001)}
+_r50 = dict(dn_queries=300, weight_class=2.0, frozen_stages="none")
+LARGE_DIFFU_DINO = {  # what is its own there, by backbone
+    ("lvis", "resnet50"): _r50, ("v3det", "resnet50"): _r50,
+    ("lvis", "resnet101"): dict(dn_queries=100, weight_class=1.0, frozen_stages="stem"),
+    ("v3det", "swin_b"): dict(dn_queries=100, weight_class=1.0, drop_path=0.2, window=12)}
+
 
 def recipe(name):
     """The Recipe of a variant: its own, or for a row that names none, DiffuDETR's or DN's."""
