@@ -2,7 +2,8 @@
     msda          deformable attention beside its definition by grid_sample
     infer, train  detection, a training step, beside transformers' (pip install transformers)
     memory        a training step's peak: recomputed activations; 80, 1,203 and 13,204 classes
-    data, score   loading beside DETR's steps; a COCO-size annotation file; COCO metrics' seconds
+    data, score   loading beside DETR's steps; a COCO-size annotation file; COCO metrics' seconds,
+                  or (--only v3det, --size PERCENT of it) V3Det's, with memory
     kill, soak    a run killed at 20 random moments beside an undisturbed one; 2,000 steps' memory
     flops         DiffuDETR's sampling steps, reading the memory once or in every step
     ablate        DiffuDETR's choices, each trained and scored at the small size
@@ -30,6 +31,7 @@ from torchvision.transforms import functional as TF
 
 import data
 import eval as evaluation
+import lvis
 import msda
 import runs
 import train
@@ -249,6 +251,14 @@ def bench_data(args):
 
 def bench_score(args, images=5000, detections=300):
     """Toy truth under 80 labels; detections near its boxes, half of them with the right label."""
+    if args.only == "v3det":
+        truth, found, ids = like_v3det((args.size or 100) / 100)
+        started, who = time.perf_counter(), (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        ap = lvis.metrics(truth, found, ids)["AP"]
+        used = [resource.getrusage(one) for one in who]
+        return print(f"{len(found)} detections: {time.perf_counter() - started:.0f} s, AP {ap:.4f};"
+                     f" {sum(one.ru_utime + one.ru_stime for one in used):.0f} s of a core; MB at "
+                     f"most, here and in a helper: {[one.ru_maxrss // 1024 for one in used]}")
     rng, truth = random.Random(0), data.ToyShapes(images).ground_truth()
     truth["categories"] = [dict(id=k, name=str(k)) for k in range(80)]
     for n, box in enumerate(truth["annotations"]):
@@ -262,9 +272,9 @@ def bench_score(args, images=5000, detections=300):
     print(f"{images} x {detections} detections: {time.perf_counter() - started:.1f} s, AP {ap:.4f}")
 
 
-def score_v3det(share, K=13_204, most=300):
-    """V3Det's validation set in size, or a share of its images: `most` detections around an image's
-    boxes, half of them with a right label, in a random tree -> AP."""
+def like_v3det(share, K=13_204, most=300):
+    """As much as V3Det's validation set, or a share of its images: `most` detections around an
+    image's boxes, half of them with a right label, in a random tree -> what lvis.metrics takes."""
     g, images, count = np.random.default_rng(0), int(29_821 * share), int(220_429 * share)
     owner, label = np.sort(g.integers(images, size=count)), g.integers(1, K + 1, count)
     boxes = np.hstack([g.uniform(0, 400, (count, 2)), g.uniform(8, 240, (count, 2))])
@@ -281,7 +291,7 @@ def score_v3det(share, K=13_204, most=300):
     truth["annotations"] = [
         dict(image_id=i, category_id=c, iscrowd=0, area=box[2] * box[3], bbox=box)
         for i, c, box in zip(owner.tolist(), label.tolist(), boxes.tolist())]
-    return lvis.metrics(truth, found, range(images))["AP"]
+    return truth, found, range(images)
 
 
 def bench_kill(args):

@@ -110,13 +110,13 @@ def coco_metrics(truth, detections, image_ids, table=False):
 
 
 def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True, table=False):
-    """Run the model over a data set of data.py, or its first `limit` images -> (metrics,
-    detections) as in `coco_metrics`, or with `lvis.metrics`, where the annotations are LVIS's or
-    V3Det's. Processes share the images; all get the answer."""
+    """Run the model over a data set of data.py, or its first `limit` images -> metrics, by
+    `coco_metrics` or, of LVIS's or V3Det's annotations, by `lvis.metrics`, and the detections as
+    rows [D,7], as the latter takes them. Processes share the images; all get the answer."""
     image_ids = list(dataset.image_ids)[:limit]
     mine = range(runs.rank(), len(image_ids), runs.world())
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    found, indices = array("d"), iter(mine)  # of V3Det 9 million: as dicts they take 4 GB
+    found, indices = array("d"), iter(mine)  # of V3Det 9 million, which as dicts take 4 GB
     loader = data.loader(dataset, batches, workers, next(model.parameters()).device)
     show = progress and runs.rank() == 0
     for images, mask, targets in runs.progress(loader, "evaluating", len(batches), show):
@@ -128,14 +128,17 @@ def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True,
                     found.extend((i, key, sure, x0, y0, x1 - x0, y1 - y0))
     found = np.concatenate([np.reshape(share, (-1, 7)) for share in runs.gather(found)])
     truth, metrics = dataset.ground_truth(), None
-    large = "ancestors" in truth or lvis.LISTS[0] in truth["images"][0]
-    if runs.rank() == 0 and large:  # before there are dicts
+    if runs.rank() == 0 and ("ancestors" in truth or lvis.LISTS[0] in truth["images"][0]):
         metrics = lvis.metrics(truth, found, image_ids, table)
-    detections = [{"image_id": image_ids[int(i)], "category_id": int(key), "bbox": box, "score": s}
-                  for i, key, s, *box in map(np.ndarray.tolist, found)]
-    if runs.rank() == 0 and not large:
-        metrics = coco_metrics(truth, detections, image_ids, table)
-    return runs.gather(metrics)[0], detections
+    elif runs.rank() == 0:
+        metrics = coco_metrics(truth, [*records(found, image_ids)], image_ids, table)
+    return runs.gather(metrics)[0], found
+
+
+def records(found, image_ids):
+    """Rows of `evaluate` -> pycocotools' results, one after another."""
+    for i, key, sure, *box in map(np.ndarray.tolist, found):
+        yield {"image_id": image_ids[int(i)], "category_id": int(key), "bbox": box, "score": sure}
 
 
 # ============================================================= images with boxes drawn, and curves
@@ -505,9 +508,10 @@ def run(argv):
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long run, not after it
-    _, detections = evaluate(model, dataset, args.batch_size, args.workers, args.limit, table=True)
+    _, found = evaluate(model, dataset, args.batch_size, args.workers, args.limit, table=True)
     if runs.rank() == 0:
-        out.write_text(json.dumps(detections))
+        lines = map(json.dumps, records(found, dataset.image_ids))
+        out.write_text("[" + ",\n".join(lines) + "]")
         count = len(dataset.image_ids[:args.limit])
         picture_grid(model, dataset, out.with_suffix(".png"), range(min(8, count)), args.score)
         print(f"{count} of {len(dataset)} images: {out}, and {out.stem}.png of the first of them")
