@@ -311,14 +311,13 @@ class CocoFolder(Images):
         for record in images:
             key = record.get("id") if record.get("id") and isinstance(record["id"], str) else (
                 self.whole("image", record, "id"))
-            # LVIS mixes COCO's halves, and tells an image's by its address alone.
-            name = str(record.get("file_name"))
             if lvis.LISTS[0] in record:
                 self.extra[0][key] = {field: record.get(field) for field in lvis.LISTS}
-            if record.get("coco_url") and (lvis.LISTS[0] in record or "file_name" not in record):
-                name = "/".join(record["coco_url"].split("/")[-2:])
+            # LVIS mixes COCO's halves, and tells an image's by its address alone.
+            url = "/".join(str(record.get("coco_url") or "").split("/")[-2:])
+            name = str(record.get("file_name") or url)
             slashed = name.replace("\\", "/")
-            path = next((path for folder in listed for form in (name, slashed)
+            path = next((path for folder in listed for form in (name, slashed, url)
                          if (path := os.path.normpath(os.path.join(folder, form))).startswith(root)
                          and (form in listed[folder] or "/" in form and os.path.isfile(path))), "")
             if not path and (os.path.isabs(name) or ".." in slashed.split("/")):

@@ -97,8 +97,8 @@ def metrics(truth, found, image_ids, table=False):
               *box["bbox"]) for box in truth["annotations"] if box["image_id"] in place]
     boxes = np.array(boxes, float).reshape(-1, 8)
     if (above := truth.get("ancestors")) is None:
-        lists = [[(place[image["id"]], label[key]) for image in truth["images"]
-                  if image["id"] in place for key in image.get(name) or ()] for name in LISTS]
+        lists = [[(place[image["id"]], label[key]) for image in truth["images"] if image["id"]
+                  in place for key in image.get(name) or () if key in label] for name in LISTS]
         boxes, found = lvis_rules(boxes, found, *(np.reshape(x, (-1, 2)) for x in lists), K)
     else:
         found = best(found, found[:, :2] @ [K, 1])
