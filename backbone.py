@@ -1,11 +1,12 @@
 """What sees the image: a backbone gives maps, a neck makes of them the levels that are read.
 
-    images [B, 3, H, W] -> ResNet -> C2 to C5, at strides 4 to 32 -> Neck      -> [B, d, h, w]
+    images [B, 3, H, W] -> ResNet, Swin -> C2 to C5, at strides 4 to 32 -> Neck -> [B, d, h, w]
                         -> ViT -> some blocks' outputs, at one stride -> Projector -> per level
 
-DETR (Carion 2020) reads C5 alone; Deformable DETR (Zhu 2021) C3 to C5, and makes a fourth level.
-LW-DETR (Chen 2024) and RF-DETR (Robinson 2025) read several blocks of a plain ViT (Dosovitskiy
-2021; RF: DINOv2, Oquab 2023), most of which look into windows only.
+DETR (Carion 2020) reads C5 alone; Deformable DETR (Zhu 2021) C3 to C5, and makes a fourth level;
+DINO (Zhang 2023) also C2, and from Swins (Liu 2021). LW-DETR (Chen 2024) and RF-DETR (Robinson
+2025) read several blocks of a plain ViT (Dosovitskiy 2021; RF: DINOv2, Oquab 2023), most of which
+look into windows only.
 """
 from functools import partial
 
@@ -13,17 +14,33 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.swin_transformer import (ShiftedWindowAttention, SwinTransformer,
+                                                 SwinTransformerBlock)
 from torchvision.ops import Conv2dNormActivation, FrozenBatchNorm2d, StochasticDepth
 
-from variants import VITS
+from variants import SWINS, VITS
 
 
 def build_backbone(cfg):
-    """The backbone of a Config and its neck; `backbone.divisor` divides the images' sides."""
+    """The backbone of a Config and its neck; `backbone.divisor` divides the images' sides.
+
+    A backbone is called with images and `run`, which calls a block and its input: so that what is
+    kept for the backward pass is the caller's choice (model.py).
+    """
     if cfg.backbone in VITS:
         return ViT(cfg), Projector(cfg).to(memory_format=torch.channels_last)
-    body = ResNet(cfg)
+    body = (Swin if cfg.backbone in SWINS else ResNet)(cfg)
     return body, Neck(cfg, body.channels)
+
+
+def called(block, x):
+    """How a block is run if nobody asks for more."""
+    return block(x)
+
+
+def first_read(cfg):
+    """The first of C2 to C5, from 0, that the neck reads."""
+    return 3 if cfg.levels == 1 else 0 if cfg.levels == 5 else 1
 
 
 # ==================================================================================== ResNets
@@ -73,8 +90,9 @@ class ResNet(nn.Module):
     def stages(self):
         return self.layer1, self.layer2, self.layer3, self.layer4
 
-    def forward(self, images):
-        """Images [B, 3, H, W] -> C2 to C5, a list of four maps (C5 at stride 16 with dilation)."""
+    def forward(self, images, run=called):
+        """Images [B, 3, H, W] -> C2 to C5, a list of four maps (C5 at stride 16 with dilation). Not
+        for `run`: batch norm would count its statistics twice."""
         x = folded(self.conv1, self.bn1, images) if self.frozen else self.bn1(self.conv1(images))
         x, maps = F.max_pool2d(F.relu(x, inplace=True), 3, 2, 1), []
         for stage in self.stages():
@@ -91,20 +109,78 @@ class Neck(nn.ModuleList):
         if cfg.attention != "deformable":  # DETR: C5, without a norm
             super().__init__([nn.Conv2d(channels[-1], cfg.d_model, 1)])
             return
-        read = channels[-1:] if cfg.levels == 1 else channels[1:]
-        # One more level is a strided convolution of the raw C5; the next one reads that level.
-        extra = [(c, 3) for c in [channels[-1], cfg.d_model][:cfg.levels - len(read)]]
+        read = channels[first_read(cfg):]
+        extra = [(channels[-1], 3)] * (cfg.levels - len(read))  # a strided convolution of raw C5
         super().__init__(nn.Sequential(
             nn.Conv2d(c, cfg.d_model, k, stride=1 + k // 2, padding=k // 2),
             nn.GroupNorm(32, cfg.d_model)) for c, k in [(c, 1) for c in read] + extra)
 
     def forward(self, maps):
         """C2 to C5 -> the levels, finest first: a list of [B, d, h, w]."""
-        read = maps[-1:] if len(self) == 1 else maps[1:]
-        levels = [project(x) for project, x in zip(self, read)]
-        for i in range(len(read), len(self)):
-            levels.append(self[i](read[-1] if i == len(read) else levels[-1]))
-        return levels
+        read = maps[{1: 3, 5: 0}.get(len(self), 1):]
+        return [project(x) for project, x in zip(self, [*read, maps[-1]])]
+
+
+# ====================================================================================== Swins
+
+class WindowAttention(ShiftedWindowAttention):
+    """torchvision's parameters, but shifted as published: also on a map one window wide, where the
+    shift changes nothing but which tokens the mask keeps apart."""
+
+    def forward(self, x):
+        """x [B, H, W, c] -> the same shape."""
+        (B, H, W, c), w, s = x.shape, self.window_size[0], self.shift_size[0]
+        # Zeros make the windows whole; they are seen as tokens whose features are the bias's.
+        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w)).roll((-s, -s), (1, 2))
+        h, v = x.shape[1] // w, x.shape[2] // w  # windows
+        qkv = self.qkv(x).view(B, h, w, v, w, 3, self.num_heads, -1)
+        q, k, u = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)  # [B, hvM, ww, c]
+        bias = self.get_relative_position_bias()  # [1, M, ww, ww]
+        if s:
+            # The roll has put together, in the last row and column of windows, what lies at
+            # opposite sides of the map: tokens see those of their own side.
+            side = [(torch.arange(n * w, device=x.device) >= n * w - s).view(n, w) for n in (h, v)]
+            part = (2 * side[0][:, None, :, None] + side[1][None, :, None]).view(h * v, 1, w * w)
+            apart = (part[..., None] != part[..., None, :]).to(bias) * -100
+            bias = bias + apart  # [hv, M, ww, ww]
+        bias = bias.expand(h * v, -1, -1, -1).flatten(0, 1)[None].to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, u, bias.expand(B, -1, -1, -1))
+        y = y.view(B, h, v, self.num_heads, w, w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        return self.proj(y.reshape(B, h * w, v * w, c)).roll((s, s), (1, 2))[:, :H, :W]
+
+
+class Swin(nn.Module):
+    """torchvision's Swin without its classifier, and a norm for each map that is read (Liu 2021).
+    Nothing of it is frozen."""
+
+    divisor = 1
+
+    def __init__(self, cfg):
+        super().__init__()
+        c, depth = {"swin_t": (96, 6), "swin_s": (96, 18), "swin_b": (128, 18),
+                    "swin_l": (192, 18)}[cfg.backbone]
+        self.features = SwinTransformer(
+            [4, 4], c, [2, 2, depth, 2], [c * 2 ** i // 32 for i in range(4)], [cfg.window] * 2,
+            stochastic_depth_prob=cfg.drop_path,
+            block=partial(SwinTransformerBlock, attn_layer=WindowAttention)).features
+        self.channels = [c * 2 ** i for i in range(4)]
+        for i in range(first_read(cfg), 4):
+            self.add_module(f"norm{i}", nn.LayerNorm(self.channels[i]))
+
+    def forward(self, images, run=called):
+        """Images [B, 3, H, W] -> C2 to C5, a list of four maps, normed where they are read."""
+        x = F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))  # whole patches
+        embed, *parts = self.features
+        x, maps = embed(x), []  # [B, h, w, c]
+        for i, part in enumerate(parts):  # a stage, its downsampling, a stage, ...
+            if i % 2:
+                x = part(x)
+                continue
+            for block in part:
+                x = run(block, x)
+            norm = getattr(self, f"norm{i // 2}", nn.Identity())
+            maps.append(norm(x).permute(0, 3, 1, 2))
+        return maps
 
 
 # ======================================================================================= ViTs
@@ -196,7 +272,7 @@ class ViT(nn.Module):
         return F.interpolate(grid.permute(0, 3, 1, 2), (h, w), mode="bicubic",
                              antialias=self.dino).permute(0, 2, 3, 1)
 
-    def forward(self, images):
+    def forward(self, images, run=called):
         """Images [B, 3, H, W], sides divisible by `divisor` -> maps [B, c, h, w], one a tap."""
         x, n, maps = self.patch_embed(images).permute(0, 2, 3, 1), self.windows, []
         B, h, w, c = x.shape
@@ -205,7 +281,7 @@ class ViT(nn.Module):
         if self.dino:
             x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
         for i, block in enumerate(self.blocks[:self.taps[-1] + 1]):
-            x = block(x)
+            x = run(block, x)
             if i in self.taps:
                 y = self.norm(x[:, 1:]) if self.dino else x
                 y = y.reshape(B, n, n, h // n, w // n, c).transpose(2, 3).reshape(B, h, w, c)

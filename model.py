@@ -425,7 +425,7 @@ class Detector(nn.Module):
         return outputs | {name: x[:, :, P:] for name, x in zip(names, parts)}
 
     def run(self, layer, *inputs):
-        """A transformer layer, whose activations may be recomputed in the backward pass."""
+        """A layer or a block of the backbone, whose activations may be recomputed in backward."""
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -436,7 +436,7 @@ class Detector(nn.Module):
         """Images [B, 3, H, W] and mask [B, H, W] to the encoder's `Memory`."""
         cfg = self.cfg
         images = images.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
-        maps = self.input_proj(self.backbone(images))
+        maps = self.input_proj(self.backbone(images, self.run))
         wide = torch.promote_types(maps[0].dtype, torch.float32)  # coordinates are never in half
         masks, positions, valids, centres = [], [], [], []
         for level, x in enumerate(maps):

@@ -32,6 +32,7 @@ import diffusion
 import eval as evaluation
 import matcher
 import variants
+from backbone import Swin, WindowAttention
 from model import DecoderLayer, build_model, correct
 from tests.fixtures import HERE, SMALL, TRAINED, VIT, batch, error_of, small
 
@@ -61,6 +62,10 @@ def test_variants_parameters_are_the_published_counts():
         with torch.device("meta"):
             built = build_model(name)
         assert round(sum(p.numel() for p in built.parameters()) / 1e6, 1) == millions, name
+    for name, window, count in (("swin_t", 7, 27_520_506), ("swin_b", 12, 86_880_120)):
+        with torch.device("meta"):
+            built = build_model("dino", backbone=name, window=window).backbone
+        assert sum(p.numel() for p in built.parameters() if p.requires_grad) == count, name
     for stages, fixed in (("layer1", 222_400), ("stem", 9_408), ("none", 0)):
         with torch.device("meta"):
             built = build_model("dab", frozen_stages=stages)
@@ -459,6 +464,7 @@ def test_model_every_row():
             *((name, dict(dropout=0.1)) for name in TRAINED),
             ("deformable_refine", dict(look_forward_twice=True)), ("dn", dict(decoder_norm=True)),
             ("deformable", dict(levels=5)), ("dn", dict(reference="noise")),
+            ("dino", dict(backbone="swin_t", levels=5)),
             ("diffu", dict(denoising="cdn", look_forward_twice=True)),
             ("dino", dict(content="memory")), ("dn", dict(decoder_layers=1)),
             ("diffu", dict(time="scale_shift", content="memory")),
@@ -524,6 +530,32 @@ def test_model_drop_path():
     block, x = built.backbone.blocks[3], torch.randn(64, 5, 48)
     same = (block(x) == x).flatten(1).all(1)
     assert 5 < same.sum() < 50 and not (block.eval()(x) == x).flatten(1).all(1).any()
+
+
+def test_model_swin_windows():
+    """Shifted windows pair by pair, on padded maps and on one that is one window wide: tokens of a
+    window see each other, unless the shift alone brought them together."""
+    g, w = torch.Generator().manual_seed(0), 4
+    for (H, W), s in itertools.product([(3, 5), (9, 8), (4, 4)], (0, 2)):
+        attn = WindowAttention(6, [w, w], [s, s], 2).double()
+        attn.relative_position_bias_table.data.normal_(generator=g)
+        x = torch.randn(2, H, W, 6, generator=g, dtype=torch.float64)
+        h, v = -(-H // w) * w, -(-W // w) * w
+        q, k, u = attn.qkv(F.pad(x, (0, 0, 0, v - W, 0, h - H))).view(2, h * v, 3, 2, 3).unbind(2)
+        at = [((r - s) % h, (c - s) % v) for r in range(h) for c in range(v)]  # after the shift
+        seen = [(r // w, c // w, r >= h - s, c >= v - s) for r, c in at]
+        allowed = torch.tensor([[a == b for b in seen] for a in seen])
+        places = torch.tensor([[((r - i) + w - 1) * (2 * w - 1) + (c - j) + w - 1 for i, j in at]
+                               for r, c in at])
+        bias = attn.relative_position_bias_table[places.clamp(0, (2 * w - 1) ** 2 - 1)]
+        logits = torch.einsum("bqmd,bkmd->bqkm", q, k) / 3 ** 0.5 + bias
+        y = torch.einsum("bqkm,bkmd->bqmd", logits.masked_fill(
+            ~allowed[..., None], -math.inf).softmax(2), u).reshape(2, h, v, 6)[:, :H, :W]
+        assert torch.allclose(attn(x), attn.proj(y), atol=1e-12), (H, W, s)
+    swin, images = Swin(variants.dino.but(backbone="swin_t")).eval(), batch(size=41)[0]
+    with torch.no_grad():
+        padded = swin(F.pad(images, (0, 3, 0, 3)))
+        assert all(map(torch.equal, swin(images), padded)) and padded[0].shape[2:] == (11, 11)
 
 
 def test_model_pads_to_whole_windows():

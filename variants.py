@@ -44,6 +44,8 @@ def changed(table, **changes):
     """A copy with some fields changed: how every variant is written. ConfigError: no such field."""
     if unknown := {*changes} - {f.name for f in fields(table)}:
         raise ConfigError(f"unknown field {unknown.pop()}: see python train.py --help all")
+    if changes.get("backbone") != getattr(table, "backbone", None):
+        changes = SWINS.get(changes.get("backbone"), {}) | changes
     return replace(table, **changes)
 
 
@@ -57,7 +59,10 @@ def unmet(row, needs):
 
 BOXES = ("anchors", "proposals", "noise")  # references that are 4-D boxes from the first layer on
 RESNETS, VITS = ("resnet18", "resnet34", "resnet50", "resnet101"), ("vit", "dinov2")
-RESNET, VIT = {"backbone": RESNETS}, {"backbone": VITS}
+# What a Swin brings along: torchvision's window (of swin_l: ImageNet-22k's), detrex's drop path.
+SWINS = {"swin_t": dict(window=7, drop_path=0.1), "swin_s": dict(window=7, drop_path=0.2),
+         "swin_b": dict(window=7, drop_path=0.2), "swin_l": dict(window=12, drop_path=0.2)}
+RESNET, VIT, SWIN = ({"backbone": names} for names in (RESNETS, VITS, (*SWINS,)))
 PROPOSES, NOISE = {"two_stage": (True,)}, {"reference": ("noise",)}
 DEFORMABLE, DENOISES = {"attention": ("deformable",)}, {"denoising": ("dn", "cdn")}
 SEVERAL = NOISE | {"sampling_steps": range(2, 10 ** 9)}
@@ -76,8 +81,8 @@ class Config:
     decoder_layers: int = option(6, "decoder layers L; each predicts and is supervised")
     dropout: float = option(0.1, "dropout in the transformer", high=0.99)
     # ---- what sees the image
-    backbone: str = option("resnet50", "torchvision's ResNet; a plain ViT (LW-DETR), or DINOv2's "
-                           "(RF-DETR)", *RESNETS, *VITS)
+    backbone: str = option("resnet50", "torchvision's ResNet or Swin; a plain ViT (LW-DETR), or "
+                           "DINOv2's (RF-DETR)", *RESNETS, *SWINS, *VITS)
     dilation: bool = option(False, "DC5: the last stage keeps stride 16 and dilates its kernels",
                             when=RESNET)
     backbone_norm: str = option("frozen", "frozen, as published; batch: trainable, for scratch",
@@ -95,14 +100,18 @@ class Config:
     windows: int = option(4, "windows a side, into which most blocks look one by one", when=VIT)
     global_blocks: str = option("1 3 5", "blocks, from 0, that look at all windows", when=VIT)
     taps: str = option("1 3 5", "blocks whose outputs are read", when=VIT)
+    window: int = option(7, "tokens a side of a Swin's window (by default 12 for swin_l; published "
+                         "swin_b that see 384 pixels: 12)", when=SWIN)
     drop_path: float = option(0.0, "chance to skip the last block's sublayers in training, per "
-                              "window; less in earlier ones", high=0.99, when=VIT)
+                              "window or image; less in earlier ones (by default 0.1 for swin_t, "
+                              "0.2 for larger Swins)", high=0.99,
+                              when={"backbone": (*SWINS, *VITS)})
     projector_norm: str = option("batch", "norm of the convolutions that read a ViT: of the batch "
                                  "(LW-DETR) or of a pixel's channels (RF-DETR)", "batch", "layer",
                                  when=VIT)
-    levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 and 5 add 3x3 stride-2 "
-                         "convolutions; of a ViT 1 = its stride, 2 = half and twice, 3 = all three",
-                         1, 2, 3, 4, 5)
+    levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 adds a 3x3 stride-2 "
+                         "convolution of C5, 5 also C2 (DINO's 5-scale); of a ViT 1 = its stride, "
+                         "2 = half and twice, 3 = all three", 1, 2, 3, 4, 5)
     pos_temperature: float = option(10000.0, "T of the image's sine position encoding", low=1)
     pos_offset: float = option(0.0, "added to the cells' count (-0.5: their centres)", low=-1)
     activation: str = option("relu", "of the feed-forward blocks (prelu: DAB-DETR)",

@@ -23,6 +23,28 @@ class WeightsError(Exception):
 
 # From the authors' names to ours. All rules are tried on every name, in this order.
 RULES = [(re.compile(pattern), to) for pattern, to in [
+    # Swins (Microsoft's, DINO's, detectron2's, mmdetection's) to torchvision's
+    (r"^features\.", "backbone.features."),
+    (r"^(backbone\.(0\.)?)?patch_embed\.(proj|norm)(ection)?\.",
+     lambda m: f"backbone.features.0.{2 * (m[3] == 'norm')}."),
+    (r"^(backbone\.(0\.)?)?(layers|stages)\.(\d)\.(blocks|downsample)\.",
+     lambda m: "backbone.features." + (f"{2 * int(m[4]) + 1}." if m[5] == "blocks" else
+                                       f"{2 * int(m[4]) + 2}.")),
+    (r"^(backbone\.features.*)\.w_msa\.", r"\1."),
+    (r"^(backbone\.features.*)\.(mlp\.fc1|ffn\.layers\.0\.0)\.", r"\1.mlp.0."),
+    (r"^(backbone\.features.*)\.(mlp\.fc2|ffn\.layers\.1)\.", r"\1.mlp.3."),
+    (r"^backbone\.0\.(norm\d)\.", r"backbone.\1."),
+    # mmdetection's DINO
+    (r"^(encoder|decoder)\.(layers|norm|ref_point_head)\.", r"transformer.\1.\2."),
+    (r"^bbox_head\.cls_branches\.", "class_embed."),
+    (r"^bbox_head\.reg_branches\.", "bbox_embed."),
+    (r"^memory_trans_fc\.", "enc_output."),
+    (r"^memory_trans_norm\.", "enc_output_norm."),
+    (r"^query_embedding\.", "tgt_embed."),
+    (r"^dn_query_generator\.label_embedding\.", "label_enc."),
+    (r"\.self_attn\.attn\.", ".self_attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".linear1."),
+    (r"\.ffn\.layers\.1\.", ".linear2."),
     # detectron2's and detrex's names (DiffuDINO) to those of torchvision and the original projects
     (r"^backbone\.stem\.", "backbone."),
     (r"^backbone\.res(\d)\.", lambda m: f"backbone.layer{int(m[1]) - 1}."),
@@ -30,7 +52,6 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.shortcut\.", ".downsample.0."),
     (r"\.conv(\d)\.norm\.", r".bn\1."),
     (r"^neck\.convs\.(\d)\.", r"input_proj.\1."),
-    (r"^neck\.extra_convs\.(\d)\.", lambda m: f"input_proj.{3 + int(m[1])}."),  # after C3, C4, C5
     (r"\.level_embeds$", ".level_embed"),
     (r"\.attentions\.0(\.attn)?\.", ".self_attn."),
     (r"\.attentions\.1\.", ".cross_attn."),
@@ -50,7 +71,7 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"),
     (r"\.mlp\.fc(\d)\.", lambda m: f".mlp.{2 * int(m[1]) - 2}."),
     (r"^(input_proj\..*)\.conv\.", r"\1.0."),  # detrex's, too
-    (r"^(input_proj\..*)\.(norm|bn)\.", r"\1.1."),
+    (r"^(input_proj\..*)\.(norm|bn|gn)\.", r"\1.1."),
     (r"^query_feat\.", "tgt_embed."),
     # everyone's
     (r"^backbone\.0\.body\.", "backbone."),
@@ -67,9 +88,10 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.layers\.(\d)\.", lambda m: f".{2 * int(m[1])}."),  # an MLP's layers, ReLUs between
 ]]
 
-# Not weights: what a profiler or batch norm counts, and the noise schedule of diffusion.py.
+# Not weights: what a profiler or batch norm counts, the noise schedule of diffusion.py, and what a
+# Swin computes from its window.
 IGNORED = re.compile(r"(total_params|total_ops|num_batches_tracked)$|^betas$|^posterior_|"
-                     r"alphas_cumprod(_prev)?$")
+                     r"alphas_cumprod(_prev)?$|attn\.(w_msa\.)?relative_position_index$|attn_mask$")
 
 # What a model is, by our names of its tensors ("-": it lacks this one); the first row that fits.
 # Of several the one from which the file differs in the fewest fields.
@@ -93,9 +115,14 @@ SIGNS = [(tuple(names.split()), variant) for names, variant in [
     ("input_proj.0.weight", "detr detr_dc5"),
 ]]
 # Parts of published names of the family's members that have no variant here yet.
-FOREIGN = re.compile(r"mask_head\.|segmentation_head|^backbone\.0\.patch_embed|patterns")
+FOREIGN = re.compile(r"mask_head\.|segmentation_head|patterns")
 # ResNets by the number of blocks in layer3, and of convolutions in a block.
 RESNETS = {(2, 2): "resnet18", (6, 2): "resnet34", (6, 3): "resnet50", (23, 3): "resnet101"}
+# Swins by the number of blocks in the third stage, and of channels in the first.
+SWINS = {(6, 96): "swin_t", (18, 96): "swin_s", (18, 128): "swin_b", (18, 192): "swin_l"}
+# What no key of ours begins with, and some key of every other detector or Swin.
+OTHERS = ("transformer.", "bbox_head.", "features.", "layers.", "backbone.0.", "backbone.layers.",
+          "backbone.stages.")
 
 
 def own_names(keys, cfg=None):
@@ -104,17 +131,19 @@ def own_names(keys, cfg=None):
     `transformer.decoder.class_embed.l`; whether these are one or many, only `cfg` can tell (without
     second names: one). The index after the last layer is the encoder's."""
     keys = [k for k in keys if not IGNORED.search(k)]
-    if not any(k.startswith("transformer.") for k in keys):  # ours have no `transformer`
+    if not any(k.startswith(OTHERS) for k in keys):
         return {key: key for key in keys}
-    layers = len({k.split(".")[3] for k in keys if k.startswith("transformer.decoder.layers.")})
-    refined = any(k.startswith("transformer.decoder.bbox_embed.") for k in keys)
+    layers = len({m[1] for m in map(re.compile(
+        r"(?:transformer\.)?decoder\.layers\.(\d+)\.").match, keys) if m})
+    refined = any(k.startswith(("transformer.decoder.bbox_embed.", "bbox_head.")) for k in keys)
+    maps = 4 if any(k.startswith("neck.convs.3.") for k in keys) else 3  # of the backbone
     one_head = not refined or (cfg is not None and cfg.shared_heads)
     # Deformable DETR's decoder counts the norm after cross-attention, its second part, as norm1.
     swapped = "query_feat.weight" not in keys and any(  # LW-DETR's as norm2
-        k.endswith("decoder.layers.0.cross_attn.sampling_offsets.weight") for k in keys)
+        k.endswith("transformer.decoder.layers.0.cross_attn.sampling_offsets.weight") for k in keys)
     names = {}
     for key in keys:
-        name = key
+        name = re.sub(r"^neck\.extra_convs\.(\d)", lambda m: f"input_proj.{maps + int(m[1])}", key)
         for pattern, to in RULES:
             name = pattern.sub(to, name)
         if swapped:
@@ -181,6 +210,10 @@ def state_of(checkpoint, label):
     state = {str(k).removeprefix("module."): v for k, v in (inner or [checkpoint])[0].items()}
     if not state or not all(map(torch.is_tensor, state.values())):
         raise WeightsError(f"{label}: no state dict found in it, only {[*checkpoint][:6]}")
+    if any(".w_msa." in key for key in state):
+        # mmdetection merges four patches as [c, row, column], the original as [column, row, c].
+        state |= {key: x.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3)
+                  for key, x in state.items() if ".downsample." in key}
     return state
 
 
@@ -209,7 +242,9 @@ def detect(state, name=""):
 
     outputs, labels = size("class_embed.0.weight"), size("label_enc.weight")
     # detrex's DINO; its labels have a row for no label, but Align-DETR's
-    detrex = any(k.startswith("backbone.res") for k in state) or labels and labels == outputs
+    mm = any(k.startswith("bbox_head.") for k in state)  # mmdetection's, as the original otherwise
+    detrex = not mm and (labels and labels == outputs or any(
+        k.startswith(("backbone.res", "backbone.patch_embed.proj.")) for k in state))
     if "align" in name.lower():  # DINO's model
         variant = variant.replace("dino", "align_published" if detrex and variant == "dino"
                                   else "align")
@@ -225,6 +260,9 @@ def detect(state, name=""):
         dilation="dc5" in name.lower() or None, levels=levels,
         backbone=RESNETS.get((count(r"backbone\.layer3\.(\d+)\."),
                               count(r"backbone\.layer1\.0\.conv(\d)\."))))
+    if table := size("backbone.features.1.0.attn.relative_position_bias_table"):  # (2w - 1)^2 rows
+        found |= dict(window=round((table ** 0.5 + 1) / 2), backbone=SWINS.get((
+            count(r"backbone\.features\.5\.(\d+)\."), size("backbone.features.0.0.weight"))))
     if grid := size("backbone.pos_embed", side=1):
         found |= dict(vit_width=size("backbone.pos_embed", side=2), grid=round((grid - 1) ** 0.5),
                       vit_depth=count(r"backbone\.blocks\.(\d+)\."),
@@ -232,9 +270,10 @@ def detect(state, name=""):
     if "query_feat.weight" in state:  # the heads of LW-DETR's members are always so wide
         found |= dict(heads=found["d_model"] // 32, cross_heads=found["d_model"] // 16,
                       vit_heads=found["vit_width"] // 64 if "backbone.cls_token" in shape else None)
-    if detrex:
-        found |= dict(shared_heads=False, pos_offset=-0.5, pos_temperature=10000.0,
-                      no_label_row=labels != outputs)
+    if mm or detrex:
+        found |= dict(shared_heads=False, no_label_row=labels != outputs)
+    if detrex:  # DINO as detrex has it
+        found |= dict(pos_offset=-0.5, pos_temperature=10000.0)
     if "backbone.bn1.weight" in state:  # our names tell more
         found |= dict(shared_heads="bbox_embed.1.0.weight" not in shape, backbone_norm="batch"
                       if "backbone.bn1.num_batches_tracked" in state else "frozen")
@@ -334,6 +373,9 @@ def load_backbone(model, which):
     elif model.cfg.backbone in variants.VITS:
         raise WeightsError("torchvision has no weights of this ViT: start from a published detector"
                            " (--weights PATH), or from nothing (--backbone-weights none)")
+    elif model.cfg.backbone == "swin_l":
+        raise WeightsError("torchvision has no weights of swin_l: give --backbone-weights PATH "
+                           "(swin_large_patch4_window12_384_22k.pth of Microsoft's Swin)")
     else:
         weights = get_model_weights(model.cfg.backbone)["IMAGENET1K_V1"]
         label = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
@@ -350,4 +392,5 @@ def load_backbone(model, which):
     part = "backbone." if any(n.startswith("backbone.") for n in names.values()) else ""
     names = {k: name.removeprefix(part) for k, name in names.items()
              if name.startswith(part) and not name.startswith("fc.")}  # ImageNet's classifier
-    put(model.backbone, state, names, label, lambda: f"See --backbone: it is {model.cfg.backbone}")
+    put(model.backbone, state, names, label, lambda: f"See --backbone: it is {model.cfg.backbone}",
+        r"norm\d\.")  # a Swin's, which ImageNet's lack

@@ -178,3 +178,59 @@ def test_weights_backbone():
     assert torch.equal(*(m.backbone.blocks[5].mlp[0].weight for m in (own, another)))
     refused("published detector|--weights PATH|none", weights.load_backbone, own, "default")
     weights.load_backbone(own, "none")
+
+
+def swin_key(key, layers="layers", proj="proj", attn="attn", fc1="mlp.fc1", fc2="mlp.fc2"):
+    """A Swin's key as the original code has it, or mmdetection's, from torchvision's."""
+    part, n, rest = re.fullmatch(r"(features)?\.?(\d?)\.?(.*)", key).groups()
+    if not part:
+        return key
+    if n == "0":
+        return f"patch_embed.{proj if rest[0] == '0' else 'norm'}{rest[1:]}"
+    if int(n) % 2 == 0:
+        return f"{layers}.{int(n) // 2 - 1}.downsample.{rest}"
+    rest = rest.replace("mlp.0", fc1).replace("mlp.3", fc2).replace("attn", attn)
+    return f"{layers}.{int(n) // 2}.blocks.{rest}"
+
+
+def test_weights_swins():
+    """Microsoft's, DINO's, detrex's and mmdetection's names of Swins; the merging's other order."""
+    model = build_model("dino", backbone="swin_t", levels=5, decoder_layers=1, encoder_layers=1)
+    source = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    bare = torchvision.models.swin_t(weights=None).state_dict()
+    mm = dict(layers="stages", proj="projection", attn="attn.w_msa", fc1="ffn.layers.0.0",
+              fc2="ffn.layers.1")
+    for prefix, style, state in [
+            ("", {}, {k: v for k, v in source.items() if "norm" != k[:4]}), ("", None, bare),
+            ("backbone.0.", {}, source), ("backbone.", {}, source), ("backbone.", mm, source)]:
+        for p in model.backbone.parameters():
+            p.data.zero_()
+        theirs = {prefix + (k if style is None else swin_key(k, **style)): v
+                  for k, v in state.items()}
+        for k in [k for k in theirs if "downsample" in k and style == mm]:  # as published, by hand
+            x = theirs[k].unflatten(-1, (4, -1))
+            theirs[k] = x[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2)
+        weights.load_backbone(model, theirs)
+        for k, v in model.backbone.state_dict().items():
+            assert torch.equal(v, state.get(k, torch.zeros(()).expand_as(v))), (prefix, style, k)
+    for key, name in dict(line.split() for line in """
+        backbone.stages.2.blocks.3.ffn.layers.1.bias       backbone.features.5.3.mlp.3.bias
+        neck.convs.0.gn.bias                               input_proj.0.1.bias
+        neck.extra_convs.0.conv.bias                       input_proj.3.0.bias
+        encoder.layers.4.self_attn.value_proj.bias         encoder.4.self_attn.value_proj.bias
+        encoder.layers.4.ffn.layers.0.0.bias               encoder.4.linear1.bias
+        decoder.layers.0.self_attn.attn.in_proj_bias       decoder.0.self_attn.in_proj_bias
+        decoder.layers.0.cross_attn.value_proj.bias        decoder.0.cross_attn.value_proj.bias
+        decoder.layers.0.norms.1.bias                      decoder.0.norm2.bias
+        decoder.norm.bias                                  decoder_norm.bias
+        decoder.ref_point_head.layers.1.bias               ref_point_head.2.bias
+        bbox_head.cls_branches.1.bias                      enc_class_embed.bias
+        bbox_head.reg_branches.0.4.bias                    bbox_embed.0.4.bias
+        dn_query_generator.label_embedding.weight          label_enc.weight
+        memory_trans_fc.bias                               enc_output.bias
+        query_embedding.weight                             tgt_embed.weight""".strip().splitlines()
+            ).items():
+        assert weights.own_names([key, "bbox_head.", "decoder.layers.0."],
+                                 variants.dino.but(shared_heads=False))[key] == name
+    refused("torchvision has no weights of swin_l", weights.load_backbone,
+            mock.Mock(cfg=variants.dino.but(backbone="swin_l")), "default")
