@@ -51,15 +51,16 @@ def postprocess(outputs, sizes, cfg):
     dicts: "scores" [K] in 0..1, best first, "labels" [K] and "boxes" [K,4] (x0, y0, x1, y1 in the
     images' pixels). DETR ("ce"): each query's best class but the last, "no object". Deformable DETR
     and after: the best query-class pairs. Diffusion: those of all steps after NMS, clipped."""
-    logits, boxes = outputs["logits"][-1], outputs["boxes"][-1]
     if "sampled" in outputs:
         answers = outputs["sampled"]
     elif cfg.class_loss == "ce":
+        logits, boxes = outputs["logits"][-1], outputs["boxes"][-1]
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # [B,Q]
         scores, query = scores.topk(min(cfg.detections, scores.shape[1]))
         answers = [{"scores": scores, "labels": labels.gather(1, query),
                     "boxes": boxes.gather(1, query[..., None].expand(-1, -1, 4))}]
     else:
+        logits, boxes = outputs["logits"][-1], outputs["boxes"][-1]
         answers = [diffusion.best_pairs(logits, boxes, cfg.detections)]
     scores, labels, boxes = (torch.cat([answer[key] for answer in answers], 1)
                              for key in ("scores", "labels", "boxes"))
@@ -387,6 +388,8 @@ def draw_queries(folders, out, batch_size=4, workers=0, limit=None, device=None)
     figure, lines = Figure(figsize=(5.5 * len(folders), 5), layout="constrained"), []
     for axis, folder in zip(figure.subplots(1, len(folders), squeeze=False)[0], folders):
         finder = load(Path(folder) / "best.pth", device)
+        if finder.model.cfg.detector != "detr":
+            raise variants.ConfigError(f"--queries {folder}: faster_rcnn has none")
         chosen, meta = json.loads((Path(folder) / "run.json").read_text())["run"], finder.meta
         split, count = ("train", chosen["overfit"]) if chosen["overfit"] else ("val", limit)
         dataset = data.open_data(
@@ -489,6 +492,8 @@ def run(argv):
         raise variants.ConfigError("--trajectory and the sampler's options: for diffusion models")
     if why := variants.idle(sampling, model.cfg):
         raise variants.ConfigError(why)
+    if args.export and model.cfg.detector != "detr":
+        raise variants.ConfigError("--export: for the DETR family, not for faster_rcnn")
     if args.export:
         export(model, finder.size, args.export)
         print(f"images of {finder.size} x {finder.size} pixels: {args.export}")

@@ -22,13 +22,16 @@ from torch.utils.checkpoint import checkpoint
 import diffusion
 import variants
 from backbone import attend, build_backbone
+from baseline import FasterRCNN
 from msda import MSDeformAttn
 from variants import BOXES, VITS
 
 
 def build_model(variant, **overrides):
-    """A `Detector` by a variant's name, with fields overridden: ("dino", num_classes=3)."""
-    return Detector(variants.variant(variant, **overrides))
+    """A `Detector` by a variant's name, with fields overridden: ("dino", num_classes=3). Or the
+    baseline, a `FasterRCNN`."""
+    cfg = variants.variant(variant, **overrides)
+    return FasterRCNN(cfg) if cfg.detector == "faster_rcnn" else Detector(cfg)
 
 
 # =========================================================== references, positions, small parts

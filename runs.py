@@ -198,7 +198,8 @@ def describe(run):
           f"model, where it differs from the published one: {', '.join(changed) or '-'}\n"
           f"recipe: {', '.join(f'{k}={v}' for k, v in chosen['recipe'].items())}")
     side = recipe.image_size // (16 if cfg.dilation else 32)
-    if cfg.levels == 1 and cfg.backbone in variants.RESNETS and side ** 2 < 64:
+    one = cfg.levels == 1 and cfg.backbone in variants.RESNETS and cfg.detector == "detr"
+    if one and side ** 2 < 64:
         print(f"expect little: this variant looks at C5 alone, here {side} x {side} tokens, and "
               "does not learn in so short a run: use --variant deformable")
 

@@ -558,6 +558,38 @@ def test_model_swin_windows():
         assert all(map(torch.equal, swin(images), padded)) and padded[0].shape[2:] == (11, 11)
 
 
+def test_model_faster_rcnn():
+    """The baseline: torchvision's count, losses that fall, and boxes of each image's own size."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_model("faster_rcnn", num_classes=90).parameters()) == (
+            41_755_286)
+    torch.manual_seed(0)
+    built, (images, mask, targets) = small("faster_rcnn", d_model=32).train(), batch((2, 1))
+    optimizer, totals = torch.optim.AdamW(built.parameters(), 1e-3), []
+    for _ in range(12):
+        total, losses = built.criterion(built(images, mask, targets), targets)
+        half = built.criterion({"losses": {f"loss_{k}": torch.ones(()) for k in (
+            "classifier", "box_reg", "objectness", "rpn_box_reg")}}, targets[:1], [2, 1])[0]
+        assert half == 2 and matcher.named(losses).keys() == {
+            "loss_class", "loss_bbox", "loss_class_enc", "loss_bbox_enc"}
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert sum(totals[-3:]) < 0.7 * sum(totals[:3]), totals
+    assert all(p.grad is not None for p in built.parameters())
+    found = [box_convert(t["boxes"], "cxcywh", "xyxy") * size for t, size in zip(
+        targets, torch.tensor([[96.0, 96, 96, 96], [64, 72, 64, 72]]))]
+    for p in built.roi_heads.box_predictor.parameters():
+        nn.init.zeros_(p)  # boxes are the proposals, here the true ones in pixels
+    with torch.no_grad(), PINNED(built.rpn, "forward", lambda *_: (found, {})):
+        answers = evaluation.postprocess(
+            built.eval()(images, mask), torch.tensor([[192, 192], [144, 128]]), built.cfg)
+    for answer, boxes in zip(answers, found):
+        own = answer["boxes"][answer["scores"] >= 0]
+        assert len(own) and (torch.cdist(own, 2 * boxes).amin(1) < 1e-3).all()
+
+
 def test_model_pads_to_whole_windows():
     """Sides that no window divides: more padding, and the boxes are still the image's own."""
     built, (images, mask, _) = small("rf_nano").eval(), batch()

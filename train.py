@@ -25,7 +25,7 @@ import eval as evaluation
 import matcher
 import runs
 import weights
-from model import Detector
+from model import build_model
 from variants import ConfigError
 
 
@@ -68,7 +68,8 @@ class Run:
         self.total = recipe.steps or recipe.epochs * self.per_epoch
 
         # Model. DistributedDataParallel hands process 0's weights to all.
-        self.model = model = Detector(cfg.but(num_classes=len(labels)))
+        self.model = model = build_model(
+            options["variant"], **asdict(cfg) | {"num_classes": len(labels)})
         model.checkpoint_activations = options["checkpoint_activations"]
         if self.first and options["weights"] and not checkpoint:
             print(weights.fine_tune(model, options["weights"], same))
@@ -78,7 +79,8 @@ class Run:
         if wrong := {*names} - {*parts, ""}:
             raise ConfigError(f"--freeze {wrong.pop()}: this model has {', '.join(parts)}")
         self.frozen = [parts[name].requires_grad_(False) for name in names if name]
-        self.parallel, self.criterion = model.to(self.device), matcher.Criterion(model.cfg)
+        self.parallel = model.to(self.device)
+        self.criterion = getattr(model, "criterion", None) or matcher.Criterion(model.cfg)
         if runs.world() > 1:
             self.parallel = DistributedDataParallel(model)
         self.average = AveragedModel(model, use_buffers=True) if recipe.ema else None

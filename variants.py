@@ -71,6 +71,8 @@ SEVERAL = NOISE | {"sampling_steps": range(2, 10 ** 9)}
 @dataclass(frozen=True)
 class Config:
     """What a model is. The defaults are DETR's; lengths are in channels, counts per image."""
+    detector: str = option("detr", "detr: this family; faster_rcnn: its baseline (baseline.py)",
+                           "detr", "faster_rcnn")
     # ---- size
     num_classes: int = option(91, "classes the head scores (91: COCO's raw category ids 0..90)")
     num_queries: int = option(100, "object queries Q (also: --queries N)")
@@ -239,7 +241,8 @@ class Config:
 # Which ideas need which: a field, some of its values, and what these need of other fields.
 SCORES, VECTORS = ("focal", "vfl", "ia"), ("learned", "zero", "label", "memory")
 NEEDS = [
-    ("backbone", RESNETS, {"levels": (1, 3, 4, 5)}),
+    ("backbone", (*RESNETS, *SWINS), {"levels": (1, 3, 4, 5)}),
+    ("detector", ("faster_rcnn",), RESNET),
     ("backbone", VITS, {"levels": (1, 2, 3)}),
     ("backbone", ("resnet18", "resnet34"), {"dilation": (False,)}),  # they have no bottlenecks
     ("attention", ("dense", "conditional"), {"levels": (1,)}),
@@ -291,15 +294,20 @@ class Recipe:
 
 
 FIELDS = {f.name: f for table in (Config, Recipe) for f in fields(table)}
+RCNN = ("detector", "num_classes", "d_model", "backbone", "backbone_norm", "frozen_stages",
+        "detections")  # what the baseline reads
 SAMPLING = "sampling_steps", "sampler", "eta", "renewal", "ensemble_nms"  # eval.py's too
 
 
 def idle(names, cfg):
     """The sentence that refuses the first of these options that nothing reads, or None."""
     for name in names:
+        if cfg.detector != "detr" and name in Config.__dataclass_fields__ and name not in RCNN:
+            return f"--{name} is read only with --detector detr: omit it".replace("_", "-")
         if name in FIELDS and (missing := unmet(cfg, FIELDS[name].metadata["when"])):
-            missing = missing.replace("=True", "").replace("=", " ")
-            return f"--{name} is read only with --{missing}: omit it".replace("_", "-")
+            key, _, value = missing.partition("=")
+            needed = f"--{name} is read only with --{key}".replace("_", "-")
+            return needed + f" {value}" * (value != "True") + ": omit it"
 
 
 # =============================================================================== the family
@@ -389,6 +397,9 @@ diffu_align = align.but(reference="noise")
 diffu_align_published = diffu_dino_published.but(
     class_loss="ia", copies=2, copies_rule="published", proposal_labels="true", weight_class=1.0,
     dn_queries=100, frozen_stages="stem")
+
+# What the family is compared with: torchvision's Faster R-CNN on a feature pyramid. Ren 2015.
+faster_rcnn = Config(detector="faster_rcnn")
 
 VARIANTS = {name: row for name, row in globals().items() if isinstance(row, Config)}
 

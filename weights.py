@@ -324,7 +324,7 @@ def fine_tune(model, source, same_classes):
     heads and label embeddings, where the file lacks them, and unless the labels mean the same
     (`same_classes`) and their number fits. Everything else must fit."""
     checkpoint, label = opened(source)
-    heads = r"(class_embed\.\d+|enc_class_embed|label_enc)\."
+    heads = r"(class_embed\.\d+|enc_class_embed|label_enc|roi_heads\.box_predictor)\."
     loaded, fresh = _load(model, checkpoint, label, heads, not same_classes)
     old = state_of(checkpoint, label).get("label_enc.weight")
     if model.cfg.content == "label" and old is not None:  # its last row is no class, but content
