@@ -48,11 +48,10 @@ def test_variants_parameters_are_the_published_counts():
         return sum(p.numel() for p in parameters if p.requires_grad or not trained)
 
     for name, published in dict(
-            detr=41_524_768, detr_dc5=41_524_768, deformable=40_069_665,
-            deformable_single=34_066_593, deformable_refine=40_849_660,
-            deformable_two_stage=41_181_529, dn=47_429_154, dino=46_893_182,
-            conditional=43_418_401, dab=43_671_517, dn_dab=43_694_977, lw_tiny=12_052_002,
-            lw_medium=28_237_378, rf_nano=30_467_298).items():
+            detr=41_524_768, detr_dc5=41_524_768, conditional=43_418_401, dab=43_671_517,
+            dn_dab=43_694_977, deformable=40_069_665, deformable_single=34_066_593,
+            deformable_refine=40_849_660, deformable_two_stage=41_181_529, dn=47_429_154,
+            dino=46_893_182, lw_medium=28_237_378, rf_nano=30_467_298).items():
         assert count(name) == published, name
     for name, alone in dict(lw_tiny=9_072_366, lw_medium=24_633_742, rf_nano=26_863_662).items():
         assert count(name, query_groups=1) == alone, name
@@ -136,13 +135,16 @@ def test_matcher_align_shares():
 
 def test_matcher_align_ranks_a_targets_queries():
     """Two queries a target in all layers but the last, losses by rank; and the gradient, which
-    reaches the negatives' p^2 and not the score to reach."""
+    reaches the negatives' p^2 and not the score to reach. Denoising queries are no rivals."""
     for counts, rule in [((3, 1), "fair"), ((5, 2), "fair"), ((12, 1), "fair"),
                          ((3, 5), "published")]:
-        cfg = variants.align.but(num_classes=5, num_queries=9, copies_rule=rule)
+        cfg = variants.align.but(num_classes=5, num_queries=9, copies_rule=rule, dn_queries=12)
         logits, boxes, targets = predictions(counts=counts, Q=9)
-        enc = {"logits": logits.requires_grad_()[0], "boxes": boxes.requires_grad_()[0]}
-        _, losses = matcher.Criterion(cfg)({"logits": logits, "boxes": boxes, "enc": enc}, targets)
+        d = diffusion.denoising_queries(targets, cfg)
+        parts = {"enc": {"logits": logits.requires_grad_()[0], "boxes": boxes.requires_grad_()[0]},
+                 "dn": dict(zip(("logits", "boxes"), predictions(1, counts, Q=d.boxes.shape[1])))}
+        parts["dn"]["queries"] = d
+        _, losses = matcher.Criterion(cfg)({"logits": logits, "boxes": boxes} | parts, targets)
         cost = matcher.match_cost(logits, boxes, targets, cfg)
         for layer, copies in enumerate((2, 2, 1)):
             owners = []
@@ -160,20 +162,11 @@ def test_matcher_align_ranks_a_targets_queries():
                     assert torch.allclose(a, b), (counts, layer, name)
         # Proposals have real labels, and two queries a target.
         assert torch.allclose(losses["enc"]["class"][0], losses["main"]["class"][0])
-
-
-def test_matcher_align_denoising_pairs_all_weigh_one():
-    """CDN's groups hold a target many times, and are no rivals: ranks are for matched queries."""
-    cfg = variants.align.but(num_classes=5, dn_queries=6, num_queries=4)
-    logits, boxes, targets = predictions(1, (2, 1), Q=12)
-    d = diffusion.denoising_queries(targets, cfg)
-    assert d.groups == 3 and len(d.pairs[0]) == 9
-    outputs = dict(zip(("logits", "boxes"), predictions(1, Q=4, seed=1)))
-    outputs["dn"] = {"logits": logits, "boxes": boxes, "queries": d}
-    _, losses = matcher.Criterion(cfg)(outputs, targets)
-    alone = [(b, g, [slot]) for b, slot, g in zip(*d.pairs)]
-    for name, value in ia_losses(logits[0], boxes[0], targets, alone, cfg.giou_eps).items():
-        assert torch.allclose(losses["dn"][name][0], value / 9), name
+        alone = [(b, g, [slot]) for b, slot, g in zip(*d.pairs)]
+        want = ia_losses(parts["dn"]["logits"][0], parts["dn"]["boxes"][0], targets, alone,
+                         cfg.giou_eps)
+        for name, value in want.items():
+            assert torch.allclose(losses["dn"][name][0], value / sum(counts) / d.groups), name
 
 
 # ============================================================================= diffusion.py
@@ -194,25 +187,6 @@ def test_denoising_draws_uniformly():
             part[4000:] -= part[4000:].sign()
         assert (stats.kstest(part.numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3).all(), name
         assert abs((d.labels != 0).float().mean() - 0.5 * 4 / 5) < 0.03  # a random one may be 0
-
-
-def test_denoising_mask_is_made_of_groups():
-    """Two groups of denoising queries and two of matching ones; x = may not attend."""
-    blocked = diffusion.attention_mask(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
-    picture = ["".join(".x"[b] for b in row) for row in blocked.int()]
-    assert picture == ["..x...", "..x...", "xx....", "xxx.xx", "xxxx..", "xxxx.."]
-
-
-@torch.no_grad()
-def test_denoising_groups_never_leak_under_conditional_attention():
-    """Other denoising boxes change no matching query; evaluation, without any, answers alike."""
-    built = small("dn_dab", backbone_norm="frozen")
-    images, mask, targets = batch((3, 1))
-    moved = [t | {"boxes": t["boxes"] * 0.5} for t in targets]
-    first, other = (built(images, mask, t) for t in (targets, moved))
-    assert (first["dn"]["logits"] - other["dn"]["logits"]).abs().max() > 1e-3
-    for answer in (other, built.eval()(images, mask)):
-        assert torch.allclose(first["logits"], answer["logits"], atol=1e-5)
 
 
 def test_diffusion_noise_laws_are_what_they_say():
@@ -422,9 +396,10 @@ def test_model_every_row():
 
 
 def test_model_query_groups():
-    """Group DETR: groups do not see each other, inference uses the first, losses are their mean."""
+    """Group DETR: groups do not see each other or denoising queries, inference uses the first,
+    losses are their mean."""
     args = batch(dtype=torch.float64)
-    for name in ("detr", "deformable", "dn", "dino", "lw_tiny"):
+    for name in ("detr", "deformable", "dn", "dino", "lw_tiny", "dn_dab"):
         built = small(name, query_groups=3, box_noise=0.0, backbone_norm="frozen",
                       projector_norm="layer").double()
         outputs, _, losses = losses_of(built, *args)
@@ -433,21 +408,19 @@ def test_model_query_groups():
                            args[2])[1]["main"] for g in range(3)]
         for loss, value in losses["main"].items():
             assert torch.allclose(value, sum(each[loss] for each in alone) / 3), (name, loss)
-        embedding = built.query_embed if name in ("detr", "deformable") else built.tgt_embed
-        embedding.weight.data[40:] += 1  # of the third group
+        names = dict(detr="query_embed", deformable="query_embed", dn_dab="refpoint_embed")
+        getattr(built, names.get(name, "tgt_embed")).weight.data[40:] += 1  # of the third group
         change = (outputs["logits"] - built(*args)["logits"]).abs()
         assert change[:, :, :40].max() < 1e-9 and change[:, :, 40:].max() > 1e-3, name
         boxes = built.eval()(*args[:2])["boxes"]
         assert torch.allclose(boxes, outputs["boxes"][:, :, :20], atol=1e-9), name
 
 
-def test_model_relative_boxes():
-    """LW-DETR's codec by hand; noise may be an empty box, which must be able to grow."""
-    delta, cfg = torch.tensor([0.5, -1.0, 0.0, math.log(2)]), variants.lw_tiny
-    box = torch.tensor([0.5, 0.5, 0.2, 0.1])
-    assert torch.allclose(correct(delta, box, cfg), torch.tensor([0.6, 0.4, 0.2, 0.2]))
-    assert torch.equal(correct(delta, box * 0, cfg), box * 0)
-    assert (correct(delta, box * 0, variants.diffu_lw)[2:] > 0.005).all()
+def test_model_relative_boxes_of_noise():
+    """LW-DETR's codec: noise may be an empty box, which must be able to grow."""
+    delta, box = torch.tensor([0.5, -1.0, 0.0, math.log(2)]), torch.tensor([0.5, 0.5, 0.0, 0.0])
+    assert torch.equal(correct(delta, box, variants.lw_tiny), box)
+    assert (correct(delta, box, variants.diffu_lw)[2:] > 0.005).all()
 
 
 def test_model_drop_path():
@@ -494,17 +467,6 @@ def test_model_time_is_added_between_self_attention_and_cross_attention():
         after = layer.norm2(told + looked)
         want = layer.norm3(after + layer.linear2(layer.linear1(after).relu()))
     assert torch.allclose(asked[0], told) and torch.allclose(got, want, atol=1e-12)
-
-
-def test_model_look_forward_twice_reaches_the_layer_before():
-    """The last layer's box loss reaches the first layer's state through r_1, and only then."""
-    for twice in (False, True):
-        built = small("dino", look_forward_twice=twice, shared_heads=False, denoising="none")
-        first = built.bbox_embed[0][0].weight
-        nn.init.normal_(built.bbox_embed[0][-1].weight)  # zero weights would let nothing through
-        last = built(*batch())["boxes"][-1]
-        grad, = torch.autograd.grad(last.sum(), first, allow_unused=True)
-        assert (grad is not None and grad.abs().max() > 0) == twice
 
 
 def test_model_first_boxes_start_at_their_size_in_every_layer():
