@@ -29,7 +29,6 @@ FILES = [  # variant, overrides, filename, and the folder of parity's that has s
     ("dino", dict(num_classes=7, num_queries=30), "my.pth", "dino-4scale-r50"),
     ("detr_dc5", {}, "detr-r50-dc5-f0fb7ef5.pth", "detr-r50"),
     ("deformable_single", dict(dilation=True), "single_scale_dc5.pth", "deformable-r50"),
-    ("conditional", dict(dilation=True), "ConditionalDETR_r50dc5_epoch50.pth", "conditional-r50"),
     ("dab", dict(dilation=True), "R50_DC5/checkpoint.pth", "dab-r50"),
     ("dn_dab", {}, "checkpoint_optimized_44.7ap.pth", "dab-r50"),
     ("align", {}, "align.pth", "dino-4scale-r50"),
