@@ -67,7 +67,7 @@ def test_variants_contradictions_say_what_to_write():
             ("detr", dict(querys=3), "unknown field"), ("detr", dict(heads=2.5), "whole"),
             ("detr", dict(heads=7), "heads"), ("detr", dict(dropout=math.nan), "at least 0"),
             ("detr", dict(levels=2), "1, 3"), ("detr", dict(levels=4), "levels=1"),
-            ("detr", dict(dilation=True, backbone="resnet18"), "bottleneck"),
+            ("detr", dict(dilation=True, backbone="resnet18"), "dilation=False"),
             ("detr", dict(attention="conditional"), "reference=points"),
             ("detr", dict(box_codec="relative"), "reference=anchors"),
             ("detr", dict(copies=2), "class_loss=focal"),

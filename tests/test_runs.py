@@ -69,7 +69,7 @@ def test_runs_wrong_commands_are_one_clear_line():
         for line, word in [
                 ("--variant detrr", "do you mean detr?"), ("--bach-size 1", "mean --batch-size?"),
                 (f"--data {folder}/none", "none"), ("--save-steps 0", "at least 1"),
-                ("--queries x", "'x'"), ("--content split", "split"),
+                ("--queries x", "'x'"), ("--content split", "content=learned"),
                 ("--device nonsense", "write --device cpu"), (f"--resume {folder}", "no last.pth"),
                 (f"--freeze encoder,wheel --out {folder}", "--freeze wheel: this model has back")]:
             says(line.split(), 2, word)

@@ -140,7 +140,7 @@ def test_weights_files():
         assert meta == saved | {"held_out": []} and not loaded.training
         assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
         for target, same_classes, said in (
-                (other, False, "new, for 5 classes: class_embed.0, enc_class_embed, label_enc"),
+                (other, False, "new, for 5 classes: class_embed, enc_class_embed, label_enc"),
                 (same, True, "none new"), (same, False, "for 3 classes: class")):
             assert said in weights.fine_tune(target, path, same_classes)
         torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)  # like the authors'
@@ -166,8 +166,8 @@ def test_weights_backbone():
             weights.load_backbone(model, source)
             assert torch.equal(model.backbone.conv1.weight, expected.conv1.weight)
         for built, which, words in [
-                (other, path, "missing|resnet34"), (other, "none", "--backbone-norm batch"),
-                (other, "default", f"no net|resnet34-|{folder}|--backbone-weights none"),
+                (other, path, "missing|resnet34"),
+                (other, "default", f"no net|resnet34-|{folder}|--backbone-weights none, which"),
                 (vit, "default", "published detector|--weights PATH|none")]:
             refused(words, weights.load_backbone, built, which)
     weights.load_backbone(vit, another.state_dict())
