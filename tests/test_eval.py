@@ -65,14 +65,11 @@ def test_eval_scores_data():
     with tempfile.TemporaryDirectory() as folder:
         words = f"--weights {folder}/x.pth --data toy --limit 4 --device cpu --workers 0"
         code, said = command(words, model, meta(dataset))  # the other 196 are not misses
-        assert code == 0 and "= 1.000" in said and "4 of 200 images" in said, said
-        assert "AP 1.000 of circle (" in said, said
+        assert code == 0 and "= 1.000" in said and "AP 1.000 of circle (" in said, said
         assert Image.open(f"{folder}/results-4.png").width == 4 * 524
         found = json.loads(Path(folder, "results-4.json").read_text())
         assert found[0].keys() == {"image_id", "category_id", "bbox", "score"}
         assert {d["category_id"] for d in found} <= {*range(1, 6)}
-        _, said = command(words, model, meta(dataset) | {"classes": ["", "cat"]})
-        assert "category 1 is 'circle', cat in the" in said
 
 
 def test_eval_metrics_of_known_cases():
@@ -87,40 +84,27 @@ def test_eval_metrics_of_known_cases():
     found = [box(0, 20, score=0.9), box(100, 50, score=0.8), box(500, 50, score=0.7),  # 1 is wrong
              box(10, 50, category=2, score=0.9), box(60, 40, category=2, score=0.8)]
     many = found + [box(900, 9, score=0.1 - n * 1e-7) for n in range(100_000)]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        metrics = evaluation.coco_metrics(truth, found, [1], table=True)
-        shared, alone, nothing, bare = (evaluation.coco_metrics(*case, [1]) for case in (
-            (truth, many), (truth, many[:120]), (truth, []), (truth | {"annotations": []}, [])))
-    assert "AP 0.663 of  (4 boxes)" in printed.getvalue() and [*metrics] == evaluation.METRICS
+    with contextlib.redirect_stdout(io.StringIO()):
+        metrics, shared, alone, nothing, bare = (
+            evaluation.coco_metrics(truth | changed, answers, [1]) for changed, answers in (
+                ({}, found), ({}, many), ({}, many[:120]), ({}, []), ({"annotations": []}, [])))
     # Of 3 objects 2 are found at precision 1: at 67 of the 101 recalls, 0 to 0.66.
     expected = dict(AP=67 / 101, AP_S=1, AP_M=1, AP_L=0, AR1=1 / 3, AR100=2 / 3)
     assert all(abs(metrics[key] - value) < 1e-9 for key, value in expected.items()), metrics
     assert shared == alone and nothing["AP"] == nothing["AR100"] == 0 and bare["AP"] == -1
 
 
-def test_eval_drawing():
-    """Any name, and no name on top of a better one."""
-    image, box = Image.new("RGB", (640, 480), "gray"), [100, 100, 300, 999]
-    for name in ("cat", "🔴 fenêtre", "x" * 200):
-        changed = (np.asarray(evaluation.draw(image, [name], [box], [0], [0.9])) != 128).any(-1)
-        assert changed[100, 100:300].all() and not changed[130:470, 120:280].any()
-    one, crowd = (evaluation.draw(image, ["cat"], [box] * n, [0] * n, [0.9] * n) for n in (1, 9))
-    assert np.array_equal(one, crowd)
-
-
 def test_eval_compare():
+    """Which run's class loss comes below another's lowest, and at which step."""
     with tempfile.TemporaryDirectory() as folder:
-        for run, kind, floor in (("detr", "ce", 0.5), ("dn", "focal", 0.1)):
+        for run, floor in (("a", 0.5), ("b", 0.1)):
             Path(folder, run).mkdir()
-            Path(folder, run, "run.json").write_text(json.dumps({"config": {"class_loss": kind}}))
+            Path(folder, run, "run.json").write_text('{"config": {"class_loss": "ce"}}')
             lines = [dict(step=n, loss_class=floor + 100 / n ** 2) for n in range(10, 210, 10)]
-            lines = "\n".join(map(json.dumps, lines)) + '\n{"step": 210, "lo'  # killed
-            Path(folder, run, "log.jsonl").write_text(lines)
-        code, said = command(f"--compare {folder}/detr {folder}/dn --out {folder}/compare.png")
-        never, at_20, _ = said.replace(f"{folder}/", "").splitlines()
-        assert never == "detr (ce) never beats the lowest class loss of dn (focal), 0.1025"
-        assert at_20.endswith("detr (ce), 0.5025, at step 20")  # 100 / step^2 < 0.4025 from 16 on
-        assert code == 0 and Path(folder, "compare.png").exists()
+            Path(folder, run, "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"st')
+        code, said = command(f"--compare {folder}/a {folder}/b --out {folder}/c.png")
+        assert code == 0 and "a (ce) never beats" in said  # 100 / step^2 < 0.4025 from 16 on
+        assert "0.5025, at step 20\n" in said and Path(folder, "c.png").exists()
 
 
 def test_eval_queries():
@@ -130,13 +114,13 @@ def test_eval_queries():
         boxes[0, 0] += boxes[0, 2] / 2  # half beside its object: IoU 1/3
         boxes[7] = boxes[0]  # the same with a low score
     first, second = (boxes[:, :2] for _, boxes in model.answers.values())
-    with tempfile.TemporaryDirectory() as folder:
-        run = {"data": "toy", "data_root": None, "overfit": 0}
-        Path(folder, "run.json").write_text(json.dumps({"run": run}))
-        code, said = command(f"--queries {folder} --out {folder}/q.png --limit 2 --workers 0",
-                             model, meta(toy(2)))
-        assert code == 0 and Path(folder, "q.png").exists()
     strays = ((first - second).norm(dim=-1) / 2).mean()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "run.json").write_text(
+            '{"run": {"data": "toy", "data_root": null, "overfit": 0}}')
+        _, said = command(f"--queries {folder} --out {folder}/q.png --limit 2 --workers 0",
+                          model, meta(toy(2)))
+        assert Path(folder, "q.png").exists()
     assert f"strays {strays:.3f} of" in said and "2 of 4 near misses" in said, said
 
 
@@ -152,10 +136,9 @@ def test_eval_predict():
         words = f"--weights x.pth --device cpu --images {folder}/a {folder}/b --out {folder}/"
         code, said = command(words + "out --batch-size 3", model, meta(dataset))
         assert code == 1 and "broken.jpg" in said and "3 of 4 photos" in said, said
-        assert "2 files (._1.png, notes.txt)" in said
         assert f"{folder}/out-2" in command(words + "out", model, meta(dataset))[1]
-        first, *_, broken = json.loads(Path(folder, "out/predictions.json").read_text())
-        assert "broken.jpg" in broken["error"] and len([*Path(folder, "out").glob("*.jpg")]) == 3
+        first = json.loads(Path(folder, "out/predictions.json").read_text())[0]
+        assert len([*Path(folder, "out").glob("*.jpg")]) == 3
         expected = box_convert(64 * dataset[0][1]["boxes"], "cxcywh", "xywh").tolist()
         boxes = [found["bbox"] for found in first["detections"]]
         np.testing.assert_allclose(sorted(boxes), sorted(expected), atol=1e-3)
@@ -163,8 +146,6 @@ def test_eval_predict():
         finder, image = evaluation.Finder(model, meta(dataset)), dataset.read(0)[0]
         one, *rest = finder([f"{folder}/a/1.png", image, np.array(image)], batch_size=2)
         assert rest == [one, one] and finder(Path(folder, "a/1.png")) == one
-        assert one["names"] == [dataset.classes[c] for c in one["labels"]]
-        np.testing.assert_allclose(sorted(one["boxes"])[0][:2], sorted(expected)[0][:2], atol=1e-3)
 
 
 def test_eval_export():
@@ -174,21 +155,21 @@ def test_eval_export():
     inputs = [torch.randn(3, 3, 64, 64), torch.zeros(3, 64, 64) > 0, torch.randn(3, 3, 20, 4)]
     inputs[1][2, 40:] = True
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        expected = evaluation.Exported(model)(*inputs)
+        expected, found = evaluation.Exported(model)(*inputs), []
         evaluation.export(model, 64, path := Path(folder, "model.pt2"))
-        for a, b in zip(torch.export.load(path).module()(*inputs), expected):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+        found += torch.export.load(path).module()(*inputs)
+        path = path.with_suffix(".onnx")
         with mock.patch.dict("sys.modules", onnxscript=None):
-            path = path.with_suffix(".onnx")
             refused("pip install onnx", evaluation.export, model, 64, path)
         with contextlib.suppress(ImportError):  # packages that only this needs
             import onnxruntime
             evaluation.export(model, 64, path)
             session = onnxruntime.InferenceSession(path)
             names = (each.name for each in session.get_inputs())
-            found = session.run(None, {name: x.numpy() for name, x in zip(names, inputs)})
-            for a, b in zip(found, expected):
-                torch.testing.assert_close(torch.tensor(a), b, rtol=0, atol=1e-4)
+            found += map(torch.tensor, session.run(
+                None, {name: x.numpy() for name, x in zip(names, inputs)}))
+    for got, want in zip(found, [*expected] * 2):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
 def test_eval_trajectory():
@@ -204,21 +185,22 @@ def test_eval_trajectory():
 
 def test_eval_wrong_commands_and_sampler_options():
     """Errors are one clear line; every option of the sampler reaches the checkpoint's model."""
-    def fake(cfg):
+    def checkpoint(cfg):
         model = mock.Mock(cfg=cfg)
         model.to.return_value = model
-        return model
+        return model, meta(toy(1))
 
     for words, hint in (("--weights x", "--data"), ("--data toy", "--weights is missing"),
-                        ("--weights x --data toy --sampling-steps 3", "diffusion"),
                         ("--weights x --images a --trajectory", "diffusion"),
                         ("--compare nowhere", "nowhere")):
-        code, said = command(words, fake(FOCAL), meta(toy(1)))
+        code, said = command(words, *checkpoint(FOCAL))
         assert code == 2 and "error: " in said and hint in said, (words, said)
-    checkpoint = fake(variants.diffu.but(sampling_steps=1)), meta(toy(1))
-    with mock.patch.object(weights, "load_checkpoint", return_value=checkpoint) as load:
+    given = dict(sampling_steps=1, eta=0.5, renewal=False, sampler="ddim", ensemble_nms=0.6)
+    one_step = checkpoint(variants.diffu.but(sampling_steps=1))
+    with mock.patch.object(weights, "load_checkpoint", return_value=one_step) as load:
         _, said = command("--weights x --data toy --sampling-steps 1 --eta 0.5 --no-renewal "
                           "--sampler ddim --ensemble-nms 0.6")
-    given = dict(sampling_steps=1, eta=0.5, renewal=False, sampler="ddim", ensemble_nms=0.6)
     load.assert_called_once_with(Path("x"), **given)
     assert {*given} == {*variants.SAMPLING} and "is read only with --sampling-steps 2" in said
+
+

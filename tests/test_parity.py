@@ -3,9 +3,9 @@
     python tests/test_parity.py FOLDER [case ...]   prints case, what, deviation; exit code 1 if any
     python tests/test_parity.py FOLDER --sample     writes published.npz, which the tests here read
 
-FOLDER holds for every published model the names and shapes of its state dict, and what the authors'
-code gives for weights and inputs that are made from names. Numbers may deviate by 1e-8, or 1e-6 of
-the largest if stored in float32. A new case is a row of CASES, and a new number a line of `run`.
+FOLDER holds the names and shapes of published state dicts, and what the authors' code gives for
+weights and inputs made from names. Numbers may deviate by 1e-8, or 1e-6 of the largest if stored in
+float32. A new case is a row of CASES, and a new number a line of `run`.
 """
 import json
 import re
@@ -136,8 +136,8 @@ def owned(index, layer, groups=1, queries=0):
 
 
 def compared(total, losses, said):
-    """Losses, the total first, in order of size, for every project has its own names, as parts of
-    theirs; some of these are 0: authors log absent denoising queries."""
+    """Losses by size, as every project has its own names, as parts of theirs, of which some are 0:
+    authors log absent denoising queries."""
     theirs = torch.tensor([x for x in said if x], dtype=torch.float64).sort().values
     ours = torch.stack([total, *matcher.named(losses).values()]).sort().values
     return ours / theirs, torch.ones_like(ours)
@@ -156,19 +156,29 @@ def gradients(wanted, state, model, total):
         yield "gradients", ours / want[0].clamp(floor), want / want[0].clamp(floor)
 
 
+def forward(model, images, mask, targets):
+    """-> outputs, total, losses, how decode() was called, and the assignments."""
+    with mock.patch.object(model, "decode", wraps=model.decode) as decode, \
+            mock.patch("matcher.match", wraps=matcher.match) as match:
+        outputs = model(images, mask, targets)
+        total, losses = matcher.Criterion(model.cfg)(outputs, targets)
+    return outputs, total, losses, decode.call_args, matcher.match(*match.call_args.args)
+
+
+def said_losses(total, losses, said):
+    return "losses", *compared(total, losses, [
+        said["weighted_total"], *map(said["unweighted"].get, said["weights"])])
+
+
 def run(source, case, file, name, also="", changes={}, draws={}):
-    """A model's run, also: train, gradients (from published.npz one model's, for time)."""
+    """A model's run, also: train, gradients (from published.npz two models', for time)."""
     stored, state = read(source, case, file), state_dict(source, case, file)
-    grad = "gradients" in also and (source.is_dir() or name == "deformable")
+    grad = "gradients" in also and (source.is_dir() or name in ("deformable", "dino"))
     model = build_model(name, **changes).double().train("train" in also).requires_grad_()
     weights.load_weights(model, state)
     cfg, (images, mask, targets) = model.cfg, batch(model.cfg.num_classes)
-    with mock.patch.object(model, "decode", wraps=model.decode) as decode, \
-            mock.patch("matcher.match", wraps=matcher.match) as match, \
-            pinned(draws), ROUNDED, torch.set_grad_enabled(grad):
-        outputs = model(images, mask, targets)
-        total, losses = matcher.Criterion(cfg)(outputs, targets)
-    call, pairs = decode.call_args, matcher.match(*match.call_args.args)
+    with pinned(draws), ROUNDED, torch.set_grad_enabled(grad):
+        outputs, total, losses, call, pairs = forward(model, images, mask, targets)
     *_, reference, blocked = (*call.args, None)[:6]
     logits, boxes, enc, dn = map(outputs.get, ("logits", "boxes", "enc", "dn"))
     if "sampled" in outputs:  # the sampler asks for the last layer only
@@ -198,8 +208,7 @@ def run(source, case, file, name, also="", changes={}, draws={}):
     if "loss_total" in stored:
         yield "losses", *compared(total, losses, [stored["loss_total"], *stored["loss_values"]])
     elif said := json.loads(stored.get("train_losses" if "train" in also else "losses", "null")):
-        yield "losses", *compared(total, losses, [
-            said["weighted_total"], *map(said["unweighted"].get, said["weights"])])
+        yield said_losses(total, losses, said)
     if not grad:
         return
     if "grad_names" in stored:
@@ -213,29 +222,22 @@ def run(source, case, file, name, also="", changes={}, draws={}):
         yield "pred_logits_in_float32", logits[-1] / 1e3, stored["pred_logits"] / 1e3  # to 1e-5
 
 
-def watched(model, seen):
-    """Let a model with a ViT leave in `seen` what its parts compute; returns the model."""
-    def keep(module, name):
-        module.register_forward_hook(lambda _, __, out: seen.update({name: out}))
-
-    def entering(module, *names):
-        module.register_forward_pre_hook(lambda _, inputs: seen.update(zip(names, inputs)))
-
-    stage = model.input_proj.stages[0]
-    keep(model.backbone.patch_embed, "patch")
-    entering(model.backbone.blocks[0], "embeddings")
-    for i, block in enumerate(model.backbone.blocks):
-        keep(block, f"block{i}")
+def watched(model):
+    """What the parts of a model with a ViT compute, {name: tensor}, once it has run."""
+    stage, seen = model.input_proj.stages[0], {}
+    parts = dict(patch=model.backbone.patch_embed, stage0_cv1=stage[0].cv1, stage0_c2f=stage[0],
+                 proj0=stage)
+    parts |= {f"block{i}": block for i, block in enumerate(model.backbone.blocks)}
+    for i, layer in enumerate(model.decoder):
+        parts |= {f"dec{i}": layer, f"dec{i}_sa": layer.self_attn, f"dec{i}_ca": layer.cross_attn}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *given, name=name: seen.update({name: given[2]}))
+    for names, part in ((["embeddings"], model.backbone.blocks[0]),
+                        (["init_content", "query_pos"], model.decoder[0])):
+        part.register_forward_pre_hook(lambda _, x, names=names: seen.update(zip(names, x)))
     model.backbone.register_forward_hook(
         lambda _, __, maps: seen.update({f"c{i}": x for i, x in enumerate(maps)}))
-    for name, part in dict(stage0_cv1=stage[0].cv1, stage0_c2f=stage[0], proj0=stage).items():
-        keep(part, name)
-    entering(model.decoder[0], "init_content", "query_pos")
-    for i, layer in enumerate(model.decoder):
-        keep(layer, f"dec{i}")
-        keep(layer.self_attn, f"dec{i}_sa")
-        keep(layer.cross_attn, f"dec{i}_ca")
-    return model
+    return seen
 
 
 def vit(source, case, file, name, also=""):
@@ -243,45 +245,40 @@ def vit(source, case, file, name, also=""):
     groups, whose batch norm takes running statistics, or "statistics", the batch's; gradients."""
     meta, stored, state = (*(read(source, case, f) for f in ("meta", file)),
                            state_dict(source, case))
-    training, seen, chosen = "train" in also, {}, []
+    training, chosen = "train" in also, []
 
     def topk(x, count, dim):
         chosen.append(torch.topk(x, count, dim).indices)
         return torch.topk(x, count, dim)
 
-    model = watched(build_model(name).double().train(training).requires_grad_(), seen)
+    model = build_model(name).double().train(training).requires_grad_()
+    seen = watched(model)
     weights.load_weights(model, state)
     if "statistics" not in also:
         model.input_proj.eval()
     side = meta["checks"]["alt_resolution"] if also == "alt" else meta["resolution"]
     images, mask, targets = batch(91, [(side, side)] * 2, "alt" if also == "alt" else "image")
     grad = "gradients" in also and (source.is_dir() or name == "lw_tiny")
-    with mock.patch.object(model, "decode", wraps=model.decode) as decode, \
-            mock.patch("matcher.match", wraps=matcher.match) as match, \
-            mock.patch.object(torch.Tensor, "topk", topk), torch.set_grad_enabled(grad):
-        outputs = model(images, mask)
-        total, losses = matcher.Criterion(model.cfg)(outputs, targets)
+    with mock.patch.object(torch.Tensor, "topk", topk), torch.set_grad_enabled(grad):
+        outputs, total, losses, call, pairs = forward(model, images, mask, targets)
     said = json.loads(stored["losses" if training else "eval_losses"])
     if "statistics" in also:
         said = json.loads(stored["losses_bn_batch_statistics"])
         yield "bn_running_after", model.input_proj.stages[0][0].cv1[1].running_mean
     if also != "alt":
-        yield "losses", *compared(total, losses, [
-            said["weighted_total"], *map(said["unweighted"].get, said["weights"])])
+        yield said_losses(total, losses, said)
     if "statistics" in also:
         return
     if grad:
         yield from gradients(json.loads(stored["grads"])["params"], state, model, total)
 
     logits, boxes, enc = outputs["logits"][-1], outputs["boxes"][-1], outputs["enc"]
-    whole = {"pred_logits": logits, "pred_boxes": boxes}
+    prefix = {"": "", "alt": "alt_"}.get(also, "train_")
+    sums = {"pred_logits": logits, "pred_boxes": boxes}
     if training:
-        whole |= {f"enc_pred_{key}": x for key, x in enc.items()}
-    prefix, sums = {"": "", "alt": "alt_"}.get(also, "train_"), dict(whole)
+        sums |= {f"enc_pred_{key}": x for key, x in enc.items()}
     if not also:
-        sums |= {key: x for key, x in seen.items() if key != "init_content"}
-        if "patch" in seen:
-            sums["patch"] = seen["patch"].permute(0, 2, 3, 1)
+        sums |= seen | {"patch": seen["patch"].permute(0, 2, 3, 1)}
     for key, want in json.loads(stored[prefix + "sums"]).items():
         ours = (sums[key] * normal(f"probe:{prefix}{key}", *sums[key].shape)).sum()
         yield f"{prefix}sums", ours / want, torch.ones(())
@@ -289,7 +286,6 @@ def vit(source, case, file, name, also=""):
         yield "alt_*", dict(logits=logits, boxes=boxes, c0=seen["c0"])
         return
     groups, Q, L = outputs.get("query_groups", 1), model.cfg.num_queries, len(outputs["logits"])
-    pairs = matcher.match(*match.call_args.args)
     if training:
         yield "train_enc_topk_index", torch.stack(chosen)
         yield "train_*_first_of_group", {  # of the first three queries
@@ -300,11 +296,11 @@ def vit(source, case, file, name, also=""):
         return
     yield "match_eval_*", owned(pairs[0], L - 1)
     yield "enc_topk_index enc_top_index", chosen[0]
-    yield "probe_*", seen | {"init_reference": decode.call_args.args[4],
+    yield "probe_*", seen | {"init_reference": call.args[4],
                              "hs_first": outputs["states"][0], "hs_last": outputs["states"][-1]}
     yield "memory_probe", seen["proj0"][0].flatten(1).T
-    for key in ("logits", "boxes"):
-        yield f"pred_{key}", outputs[key][-1]
+    for key, x in (("logits", logits), ("boxes", boxes)):
+        yield f"pred_{key}", x
         yield f"aux_{key}_first", outputs[key][0]
         yield f"enc_top_{key}", enc[key]
     post = evaluation.postprocess(outputs, torch.tensor([(480, 640), (500, 375)]), model.cfg)

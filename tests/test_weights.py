@@ -1,5 +1,6 @@
 """Tests of weights.py: names, recognition, loading; what is said of a file that does not fit."""
 import argparse
+import itertools
 import re
 import tempfile
 from dataclasses import asdict
@@ -28,7 +29,6 @@ FILES = [  # variant, overrides, filename, and the folder of parity's that has s
     ("dino", dict(num_classes=7, num_queries=30), "my.pth", "dino-4scale-r50"),
     ("detr_dc5", {}, "detr-r50-dc5-f0fb7ef5.pth", "detr-r50"),
     ("deformable_single", dict(dilation=True), "single_scale_dc5.pth", "deformable-r50"),
-    ("conditional", dict(dilation=True), "ConditionalDETR_r50dc5_epoch50.pth", "conditional-r50"),
     ("dab", dict(dilation=True), "R50_DC5/checkpoint.pth", "dab-r50"),
     ("dn_dab", {}, "checkpoint_optimized_44.7ap.pth", "dab-r50"),
     ("align", {}, "align.pth", "dino-4scale-r50"),
@@ -54,27 +54,24 @@ def published(name, changes, file, case):
     with torch.device("meta"):
         model = build_model(name, **changes)
     keys = [key for key, _ in read(PUBLISHED, case, "keys")]
-    if name == "deformable_refine":
-        keys = [k for k in keys if not re.search(r"enc_out|pos_tr|_embed\.6|decoder\.class", k)]
-        keys += ["query_embed.weight", "transformer.reference_points.weight",
-                 "transformer.reference_points.bias"]
-    if name == "dn_dab":
-        keys.append("label_enc.weight")
-    if name == "align_published":
-        keys = [k for k in keys if not re.search("time_|betas|alphas|posterior", k)]
-        keys.append("transformer.tgt_embed.weight")
-    if name == "deformable_single":
-        keys = [k for k in keys if not re.match(r"input_proj\.[123]", k)]
+    absent, more = {
+        "deformable_refine": (r"enc_out|pos_tr|_embed\.6|decoder\.class", [
+            "query_embed.weight", "transformer.reference_points.weight",
+            "transformer.reference_points.bias"]),
+        "dn_dab": (None, ["label_enc.weight"]),
+        "align_published": ("time_|betas|alphas|posterior", ["transformer.tgt_embed.weight"]),
+        "deformable_single": (r"^input_proj\.[123]", []),
+    }.get(name, (None, []))
+    keys = [k for k in keys if not (absent and re.search(absent, k))] + more
     keys += again(keys, "blocks.5.", [f"blocks.{i}." for i in range(6, model.cfg.vit_depth)])
     if name == "rf_base":
         keys += again(keys, "decoder.layers.1.", ["decoder.layers.2."])
     if model.cfg.levels == 2:  # LW-DETR's two levels, each from four maps
         keys += again(keys, "stages.0.", ["stages.1."])
         layer = [k.partition("cv1.")[2] for k in keys if "stages.0.0.cv1." in k]
-        up, down = ([f"backbone.0.projector.stages_sampling.{i}.{j}." for j in range(4)]
-                    for i in (0, 1))
-        keys += [f"{at}0.{k}" for at in up + down for k in layer]
-        keys += [f"{at}1.{k}" for at in up for k in ("weight", "bias")]
+        for level, norm in ((0, ["1.weight", "1.bias"]), (1, [])):
+            keys += [f"backbone.0.projector.stages_sampling.{level}.{i}.{k}" for i in range(4)
+                     for k in [f"0.{k}" for k in layer] + norm]
     names, own = weights.own_names(keys, model.cfg), model.state_dict()
     return model, {k: torch.zeros(own[names[k]].shape if k in names else 100) for k in keys}
 
@@ -104,9 +101,9 @@ def test_weights_forms_and_unequal_copies():
         state[first + "class_embed.5.bias"] = torch.ones(91)
     average = {k: v + 2 for k, v in state.items()}
     for source, value in [
-            ({"model": state | {"linear1.total_params": torch.ones(1)}, "epoch": 49}, 1),
+            ({"model": state | {"linear1.total_params": torch.ones(1)}, "ema_state": {}}, 1),
             ({f"module.{k}": v for k, v in state.items()}, 1),
-            ({"model": state, "ema_state": average}, 3), ({"model": state, "ema_state": {}}, 1)]:
+            ({"model": state, "ema_state": average}, 3)]:
         weights.load_weights(model, source)
         assert [h.bias.mean().item() for h in model.class_embed] == [value - 1] * 5 + [value]
     refused("class_embed.0.bias, class_embed.5.bias|shared", weights.load_weights, one, state)
@@ -118,12 +115,12 @@ def test_weights_wrong_variant_names_and_shapes():
     (dino, state), (other, strange) = pairs["dino"], published(*FILES[9])
     renamed = {k.replace("output_norm.weight", "output_nrom.weight"): v for k, v in state.items()}
     with mock.patch("torch.nn.Module.load_state_dict") as loads:
-        for name, another in ((a, b) for a in pairs for b in pairs if a != b):
+        for name, another in itertools.permutations(pairs, 2):
             refused(f"--variant {another}|nothing was loaded", weights.load_weights,
                     pairs[name][0], pairs[another][1])
         for words, source in (
                 ("1 missing: enc_output_norm.weight|1 unused: transformer.enc_output_n", renamed),
-                ("of another shape|[7, 256], the model's is [91, 256]|num_queries=30", strange),
+                ("[7, 256], the model's is [91, 256]|num_queries=30", strange),
                 ("'epoch'", {"epoch": 3})):
             refused(words, weights.load_weights, dino, source)
         refused("transformer.tgt_embed.weight [900, 256]", weights.fine_tune, other, state, False)
@@ -133,29 +130,26 @@ def test_weights_wrong_variant_names_and_shapes():
 
 def test_weights_files():
     """Ours keep their average and meta, other classes make heads fresh, bad files are refused."""
-    model, recipe = build_model("diffu_dino", num_classes=3, **TINY), variants.recipe("diffu_dino")
-    other, same = (build_model("diffu_dino", num_classes=n, **TINY) for n in (5, 3))
+    model, other, same = (build_model("diffu_dino", num_classes=n, **TINY) for n in (3, 5, 3))
+    state, recipe = model.state_dict(), variants.recipe("diffu_dino").but(image_size=128)
     saved = dict(variant="diffu_dino", config=asdict(model.cfg.but(sampling_steps=5)),
-                 recipe=asdict(recipe.but(image_size=128)), classes=["a", "b", "c"],
-                 category_ids=[1, 5, 7])
-    state = model.state_dict()
+                 recipe=asdict(recipe), classes=["a", "b", "c"], category_ids=[1, 5, 7])
     more = dict(format="minDETR", ema=state, model={k: v * 0 for k, v in state.items()})
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(saved | more, path := f"{folder}/model.pth")
+        torch.save(saved | more, path := Path(folder, "model.pth"))
         loaded, meta = weights.load_checkpoint(path, sampling_steps=5)
         assert meta == saved | {"held_out": []} and not loaded.training
         assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
-        line = weights.fine_tune(other, path, same_classes=False)
-        assert line.endswith("new, for 5 classes: class_embed, enc_class_embed, label_enc")
-        assert "none new" in weights.fine_tune(same, path, same_classes=True)
-        assert "for 3 classes: class" in weights.fine_tune(same, path, same_classes=False)
+        for target, same_classes, said in (
+                (other, False, "new, for 5 classes: class_embed, enc_class_embed, label_enc"),
+                (same, True, "none new"), (same, False, "for 3 classes: class")):
+            assert said in weights.fine_tune(target, path, same_classes)
         torch.save({"model": state, "args": argparse.Namespace(lr=1e-4)}, path)  # like the authors'
         assert weights.load_checkpoint(path)[1]["classes"] == ["class 0", "class 1", "class 2"]
-        for content, words in ((model, "could run code|torch.save("), ([1], "not a checkpoint")):
-            torch.save(content, path)
-            refused(f"{path}|{words}", weights.load_checkpoint, path)
-        for content in (Path(path).read_bytes()[:300], b"", b"<!DOCTYPE html>\n"):
-            Path(path).write_bytes(content)
+        torch.save(model, path)
+        refused(f"{path}|could run code", weights.load_checkpoint, path)
+        for content in (path.read_bytes()[:300], b""):
+            path.write_bytes(content)
             refused(f"{path}|cut short", weights.load_checkpoint, path)
         refused("no.pth|No such file", weights.load_checkpoint, f"{folder}/no.pth")
     assert [weights.coco_classes(n)[1][-1] for n in (80, 91)] == [90, 90]
@@ -165,20 +159,20 @@ def test_weights_backbone():
     """torchvision's state dict by path; another ResNet, no weights and no network are errors."""
     resnet, detector = torchvision.models.resnet18(weights=None), build_model("detr", **TINY)
     model, other = build_model("deformable", **TINY), build_model("detr", backbone="resnet34")
+    vit, another = (build_model("lw_tiny", vit_width=24, decoder_layers=1) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(
             "torch.hub", get_dir=lambda: folder, urlopen=mock.Mock(side_effect=OSError("no net"))):
         torch.save(resnet.state_dict(), path := f"{folder}/resnet18.pth")
         for source, expected in ((path, resnet), (detector.state_dict(), detector.backbone)):
             weights.load_backbone(model, source)
             assert torch.equal(model.backbone.conv1.weight, expected.conv1.weight)
-        for which, words in ((path, "missing|resnet34"), (
-                "default", f"no net|resnet34-|{folder}|--backbone-weights none, which")):
-            refused(words, weights.load_backbone, other, which)
-    own, another = (build_model("lw_tiny", vit_width=24, decoder_layers=1) for _ in range(2))
-    weights.load_backbone(own, another.state_dict())
-    assert torch.equal(*(m.backbone.blocks[5].mlp[0].weight for m in (own, another)))
-    refused("published detector|--weights PATH|none", weights.load_backbone, own, "default")
-    weights.load_backbone(own, "none")
+        for built, which, words in [
+                (other, path, "missing|resnet34"),
+                (other, "default", f"no net|resnet34-|{folder}|--backbone-weights none, which"),
+                (vit, "default", "published detector|--weights PATH|none")]:
+            refused(words, weights.load_backbone, built, which)
+    weights.load_backbone(vit, another.state_dict())
+    assert torch.equal(*(m.backbone.blocks[5].mlp[0].weight for m in (vit, another)))
 
 
 def swin_key(key, layers="layers", proj="proj", attn="attn", fc1="mlp.fc1", fc2="mlp.fc2"):
