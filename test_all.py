@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import torch
 from scipy import optimize, special, stats
+from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import box_convert
 
