@@ -47,7 +47,8 @@ def test_variants_parameters_are_the_published_counts():
                  "deformable_single": 34_066_593, "deformable_refine": 40_849_660,
                  "deformable_two_stage": 41_181_529, "dn": 47_429_154, "dino": 46_893_182,
                  "conditional": 43_418_401, "dab": 43_671_517, "dn_dab": 43_694_977,
-                 "lw_tiny": 12_052_002, "lw_medium": 28_237_378, "rf_nano": 30_467_298}
+                 "lw_tiny": 12_052_002, "lw_medium": 28_237_378, "rf_nano": 30_467_298,
+                 "detr_panoptic": 42_899_288}
     for name, count in published.items():
         with torch.device("meta"):
             built = build_model(name)
