@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from pycocotools import mask as rle
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
@@ -67,18 +68,24 @@ class Images(Dataset):
     read(i) -> (PIL image, boxes float32 [n,4] xyxy in pixels, labels int64 [n])."""
     extra = {}, {}, {}  # LVIS's fields of an image, of a category; V3Det's of the whole file
 
+    outlines, pngs = None, None  # of all `rows`, where masks are asked for; panoptic maps' files
+
     def __len__(self):
         return len(self.image_ids)
 
     def __getitem__(self, key):
         """[(i, seed)] augments with random.Random(seed) and nothing else; plain [i] is [(i, 0)].
         Returns image uint8 [3,H,W], which `collate` normalises, and a dict: labels [n]; boxes [n,4]
-        cxcywh in [0, 1]; image_id; orig_size and size [2], (h, w) as read and as returned."""
+        cxcywh in [0, 1]; image_id; orig_size and size [2], (h, w) as read and as returned; and
+        masks [n,H,W] bool, if the data was opened with them."""
         index, seed = key if isinstance(key, tuple) else (key, 0)
         image, boxes, labels = self.read(index)
         target = dict(image_id=self.image_ids[index], orig_size=torch.tensor(image.size[::-1]))
+        masks = [self.masks(index)] if self.outlines is not None else []
         if self.transform:
-            image, boxes, labels = self.transform(image, boxes, labels, random.Random(seed))
+            image, boxes, labels, *masks = self.transform(
+                image, boxes, labels, random.Random(seed), *masks)
+        target |= {"masks": one for one in masks}
         boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh")
         target |= dict(boxes=boxes / torch.tensor(image.size * 2), labels=torch.from_numpy(labels))
         return pil_to_tensor(image), target | dict(size=torch.tensor(image.size[::-1]))
@@ -108,6 +115,9 @@ class Images(Dataset):
         boxes = [dict(id=n, image_id=self.image_ids[int(i)], bbox=box, iscrowd=int(crowd),
                       area=area, category_id=self.category_ids[int(label)])
                  for n, (i, label, crowd, area, *box) in enumerate(self.rows(), 1)]
+        if self.outlines is not None and not self.pngs:
+            for box, (i, *_), counts in zip(boxes, self.rows(), self.outlines):
+                box["segmentation"] = dict(size=self.sizes[int(i)][::-1].tolist(), counts=counts)
         return dict(info={}, images=images, annotations=boxes, categories=[
             dict(id=key, name=self.classes[label]) | letters.get(key, {})
             for key, label in self.label_of.items()]) | tree
@@ -125,7 +135,7 @@ def resized(w, h, size, max_size=None):
     return (int(size * h / w), size) if w < h else (size, int(size * w / h))
 
 
-def _resize(image, boxes, size, max_size, exact):
+def _resize(image, boxes, masks, size, max_size, exact):
     (w, h), (new_h, new_w) = image.size, resized(*image.size, size, max_size)
     if exact:
         image = image.resize((new_w, new_h), Image.BILINEAR)  # antialiased, as AP needs it
@@ -133,19 +143,21 @@ def _resize(image, boxes, size, max_size, exact):
         pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)  # as channels_last
         pixels = F.interpolate(pixels, (new_h, new_w), mode="bilinear", antialias=True)
         image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-    return image, boxes * np.float32([new_w / w, new_h / h] * 2)  # whole pixels: the ratios differ
+    boxes = boxes * np.float32([new_w / w, new_h / h] * 2)  # whole pixels: the ratios differ
+    return image, boxes, [F.interpolate(one[None].byte(), (new_h, new_w))[0].bool()
+                          for one in masks]
 
 
-def _transform(image, boxes, labels, rng, size, max_size, flip, crop, exact, several):
+def _transform(image, boxes, labels, rng, *masks, size, max_size, flip, crop, exact, several):
     """One sample through `train_transform`. The order of the draws is part of a seed's meaning."""
     low, high, *firsts = (round(side * size / 800) if max_size != 0 else side
                           for side in (384, 600, 400, 500, 600))
     if flip and rng.random() < 0.5:
         boxes = boxes[:, [2, 1, 0, 3]] * np.float32([-1, 1, -1, 1])
         boxes += np.float32([image.width, 0] * 2)
-        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        image, masks = image.transpose(Image.FLIP_LEFT_RIGHT), [one.flip(2) for one in masks]
     if crop and rng.random() < 0.5:
-        image, boxes = _resize(image, boxes, rng.choice(firsts), None, exact)
+        image, boxes, masks = _resize(image, boxes, masks, rng.choice(firsts), None, exact)
         w = rng.randint(low, min(image.width, high))  # both ends included
         h = rng.randint(low, min(image.height, high))
         left, top = rng.randint(0, image.width - w), rng.randint(0, image.height - h)
@@ -153,18 +165,21 @@ def _transform(image, boxes, labels, rng, size, max_size, flip, crop, exact, sev
         boxes = (boxes - np.float32([left, top] * 2)).clip(0, np.float32([w, h] * 2))
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)  # maybe none, which teaches too
         boxes, labels = boxes[kept], labels[kept]
+        masks = [one[torch.from_numpy(kept), top:top + h, left:left + w] for one in masks]
     if crop and several and max_size == 0:
         size = rng.choice([round(side * size / 640) for side in range(448, 897, 64)])
     elif crop and several:
         size = rng.choice([round(side * size / 800) for side in range(480, 801, 32)])
-    return *_resize(image, boxes, size, max_size, exact), labels
+    image, boxes, masks = _resize(image, boxes, masks, size, max_size, exact)
+    return image, boxes, labels, *masks
 
 
 def train_transform(size=800, max_size=1333, flip=True, crop=True, exact=False, several=True):
     """DETR's training recipe; another `size` than 800 scales all but max_size. With max_size 0
     (LW-DETR, at size 640) the last resize is to a square of {448, 512, ..., 896}; several=False: of
     `size`. exact: PIL's bytes.
-    Returns f(PIL image, boxes [n,4] xyxy, labels [n], random.Random) -> (image, boxes, labels)."""
+    Returns f(PIL image, boxes [n,4] xyxy, labels [n], random.Random) -> (image, boxes, labels); it
+    takes and returns masks [n,H,W] too."""
     return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop, exact=exact,
                    several=several)
 
@@ -180,16 +195,17 @@ NAMES = {"train": ("train2017", "train", "Train", "lvis_v1_train", "v3det_2023_v
                  "v3det_2023_v1_val"),
          "both": ("default", "result", ".", "annotations")}  # CVAT's, Label Studio's, ...
 FILES = ("annotations/instances_{}.json", "{}/_annotations.coco.json", "annotations/{}.json",
-         "{}.json")  # COCO's and CVAT's, Roboflow's, ...
+         "{}.json", "annotations/panoptic_{}.json")  # COCO's and CVAT's, Roboflow's, ...
 
 
 def find_annotations(root, split, given=None, share=None, held_out=(), series=""):
     """The annotation file of a split below root (series: a part of its name, where COCO's and
-    LVIS's share a folder), and whether it is to be cut into both."""
+    LVIS's share a folder), and whether it is to be cut into both. given: it, or a form as in FILES.
+    """
     if not os.path.isdir(root):
         raise DataError(what_is_it(Path(root)))
-    train, val, both = (None, None, given) if given else (
-        next((path for name in names if series in name for form in FILES
+    train, val, both = (None, None, given) if given and "{}" not in given else (
+        next((path for name in names if series in name for form in ((given,) if given else FILES)
               if os.path.isfile(path := os.path.join(root, form.format(name)))), None)
         for names in NAMES.values())
     if val and share:
@@ -233,10 +249,10 @@ def what_is_it(root):
             "Give a COCO export of Roboflow, CVAT, ... as it was unpacked, or --annotations FILE.")
 
 
-def _load_json(file):
+def _load_json(file, outlines):
     try:
-        coco = json.loads(Path(file).read_bytes(), object_pairs_hook=lambda pairs: {
-            key: value for key, value in pairs if key != "segmentation"})  # outlines take gigabytes
+        coco = json.loads(Path(file).read_bytes(), object_pairs_hook=None if outlines else (
+            lambda pairs: {k: v for k, v in pairs if k != "segmentation"}))  # they take gigabytes
     except UnicodeDecodeError:
         raise DataError(f"{file}: is not UTF-8. Save it as UTF-8 in an editor.") from None
     except (ValueError, OSError) as error:
@@ -258,18 +274,30 @@ def plain(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def segments(record):
+    """A panoptic record of an image as records of its segments, with their ids for outlines. Boxes
+    end at a segment's last column and row, as published, not behind them."""
+    return [dict(part, image_id=record["image_id"], segmentation=str(part["id"]),
+                 bbox=[x, y, w - 1, h - 1]) for part in record["segments_info"]
+            for x, y, w, h in [part["bbox"]]]
+
+
 class CocoFolder(Images):
     """A folder of images whose annotations are judged when it is opened: what has one meaning is
     kept, and counted in the summary where it is unusual; the rest is a DataError.
     known: {category id: name} by label, as of a checkpoint; None: the file's, sorted. Where one
     file has both splits, `share` of its images, drawn by `seed`, or those named in `held_out` are
-    for "val". Attributes: image_ids, names [N], category_ids, classes [C], summary (a line)."""
+    for "val". masks: samples have them. Attributes: image_ids, names [N], category_ids, classes
+    [C], things (labels), pngs {image id: file of its panoptic map}, summary (a line)."""
 
     def __init__(self, root, split="train", transform=None, known=None, annotations=None,
-                 share=None, seed=0, held_out=(), series=""):
+                 share=None, seed=0, held_out=(), series="", masks=False):
         self.root, self.transform, self.notes = os.path.abspath(root), transform, Counter()
         self.file, both = find_annotations(root, split, annotations, share, held_out, series)
-        coco = _load_json(self.file)
+        coco = _load_json(self.file, masks)
+        if "segments_info" in coco["annotations"][0]:
+            self.pngs = {a["image_id"]: a["file_name"] for a in coco["annotations"]}
+            coco["annotations"] = [part for a in coco["annotations"] for part in segments(a)]
         for record in coco["categories"]:
             record["id"] = self.whole("category", record, "id")
         self.name_labels(coco["categories"], known, self.file)
@@ -279,8 +307,13 @@ class CocoFolder(Images):
                 {"ancestors": lvis.ancestors(tree)} if tree.exists() else {})
         parts = NAMES[split] if not both else sorted(  # the file's own name first
             NAMES["train"] + NAMES["val"], key=lambda name: name not in os.path.basename(self.file))
+        self.things = {self.label_of[record["id"]] for record in coco["categories"]
+                       if record.get("isthing", 1)}
         self.find_images(coco["images"], parts)
         self.judge(coco["annotations"])
+        if masks:  # as an array of text: see `judge`
+            self.outlines = np.array([self.outline(record, int(i)) for record, i in zip(
+                coco["annotations"], self.raw[:, 0])], np.dtypes.StringDType())
         names = self.names.tolist()
         if both and share:
             held_out = random.Random(f"val {seed}").sample(
@@ -356,6 +389,23 @@ class CocoFolder(Images):
             self.raw[n] = (self.listed(record, "image_id", place), self.listed(
                 record, "category_id", self.label_of), crowd or 0, area, *box)
 
+    def outline(self, record, i):
+        """An annotation's polygons or RLE as the text of COCO's RLE; or a segment's id."""
+        (w, h), shape = self.sizes[i].tolist(), record.get("segmentation")
+        if self.pngs:
+            return shape
+        try:
+            if isinstance(shape, list):  # pycocotools takes two corners for a box
+                shape = rle.merge(rle.frPyObjects([line for line in shape if len(line) > 5], h, w))
+            elif isinstance(shape["counts"], list):
+                shape = rle.frPyObjects(shape, h, w)
+            if [*shape["size"]] == [h, w]:
+                return rle.merge([shape])["counts"].decode()
+        except (TypeError, KeyError, ValueError, IndexError):  # absent, empty, another format
+            pass
+        self.refuse("annotation", record, "segmentation", f"it must be polygons or RLE of {w}x{h} "
+                    "pixels: export outlines, or omit --masks")
+
     def listed(self, record, field, table):
         """What a table has for an id of an annotation, also where one is a text, one a number."""
         key = record.get(field)
@@ -374,14 +424,16 @@ class CocoFolder(Images):
         self.image_ids = [self.image_ids[i] for i in chosen]
         self.names, self.sizes = self.names[chosen], self.sizes[chosen]
         self.raw[:, 0] = place[self.raw[:, 0].astype(np.int64)]
-        self.raw = raw = self.raw[self.raw[:, 0] >= 0]
-        (owner, labels), crowd = raw[:, :2].T.astype(np.int64), raw[:, 2] > 0
+        rows = self.raw[:, 0] >= 0
+        self.raw = raw = self.raw[rows]
+        self.outlines = None if self.outlines is None else self.outlines[rows]
+        (owner, labels), crowd = raw[:, :2].T.astype(np.int64), (raw[:, 2] > 0) & (not self.pngs)
         corners = np.hstack([raw[:, 4:6], raw[:, 4:6] + raw[:, 6:]])
         boxes = corners.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1) & ~crowd  # COCO too has boxes without area
         beyond = abs(corners - boxes).max(1)  # pixels; under 0.01 is rounding, to two decimals
         order = np.flatnonzero(kept)[np.argsort(owner[kept], kind="stable")]
-        self.boxes, self.labels = boxes[order], labels[order]
+        self.boxes, self.labels, self.order = boxes[order], labels[order], order
         self.offsets = np.searchsorted(owner[order], np.arange(len(self) + 1))
         notes = [f", {count} {what}" for what, count in self.notes.items() if count]
         self.summary = (f"{len(self)} images, {len(order)} boxes ({(kept & (beyond > 0.01)).sum()} "
@@ -410,6 +462,28 @@ class CocoFolder(Images):
         """Boxes [n,4] xyxy inside the image and labels [n], as copies."""
         span = slice(self.offsets[i], self.offsets[i + 1])
         return self.boxes[span].copy(), self.labels[span].copy()
+
+    def masks(self, i):
+        """The masks of its boxes, bool [n,H,W]."""
+        shapes = self.outlines[self.order[self.offsets[i]:self.offsets[i + 1]]].tolist()
+        w, h = self.sizes[i].tolist()
+        if self.pngs:
+            seen = self.panoptic(i)[0]
+            masks = [seen == int(one) for one in shapes]
+        else:
+            masks = [rle.decode(dict(size=(h, w), counts=one)) for one in shapes]
+        return torch.from_numpy(np.array(masks, bool).reshape(-1, h, w))
+
+    def panoptic(self, i):
+        """The map of its segments' ids, int64 [H,W], from the PNG that holds them as colours, and
+        {id: (label, is it a crowd)}."""
+        name, (folder, _) = self.pngs[self.image_ids[i]], os.path.splitext(self.file)
+        paths = os.path.join(folder, name), os.path.join(self.root, os.path.basename(folder), name)
+        png = read_image(next(filter(os.path.exists, paths), paths[0]))
+        rows = self.raw[:, 0] == i
+        ids = map(int, self.outlines[rows].tolist())
+        return np.asarray(png).astype(np.int64) @ (1, 256, 256 ** 2), dict(
+            zip(ids, map(tuple, self.raw[rows, 1:3].astype(int).tolist())))
 
     def rows(self):
         """Every annotation: image's index, label, is it a crowd, area, x, y, w, h."""
@@ -497,20 +571,22 @@ class ToyShapes(Images):
 
 
 def open_data(data, data_root=None, split="train", transform=None, known=None, image_size=128,
-              toy_count=None, **where):
+              toy_count=None, masks=False, **where):
     """The data set that a command line names: "toy"; "coco" (in data_root, $COCO_ROOT or data/coco)
-    and so "lvis" and "v3det"; or a folder (where: see `CocoFolder`). image_size, toy_count: of the
-    toy pictures."""
+    and so "lvis" and "v3det"; or a folder (masks, where: see `CocoFolder`). image_size, toy_count:
+    of the toy pictures."""
     if data_root is not None and data not in PUBLISHED:
         raise DataError(f"data_root '{data_root}' is for data 'coco', 'lvis' or 'v3det', not "
                         f"'{data}'. Omit one.")
     if data == "toy":
+        if masks:
+            raise DataError("toy pictures have no masks: give --data a folder with outlines")
         count, seed = (2000, 0) if split == "train" else (200, 1)  # other seed, other pictures
         return ToyShapes(toy_count or count, image_size, seed, transform, known)
     if data in PUBLISHED:
         where["series"] = data if data != "coco" else ""
         data = data_root or os.environ.get(f"{data.upper()}_ROOT") or os.path.join("data", data)
-    return CocoFolder(data, split, transform, known, **where)
+    return CocoFolder(data, split, transform, known, masks=masks, **where)
 
 
 # =========================================================================== order and batches

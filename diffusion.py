@@ -215,13 +215,13 @@ def ddim_step(x, x0, rate, next_rate, eta, noise):
 def best_pairs(logits, boxes, count):
     """The `count` best query-class pairs of each image (Deformable DETR's post-processing).
 
-    logits [..., Q, C] and boxes [..., Q, 4] -> dict of scores [..., K] in 0..1, labels [..., K] and
-    boxes [..., K, 4], best first; K is `count` at most. A query may answer twice.
+    logits [..., Q, C] and boxes [..., Q, 4] -> dict of scores [..., K] in 0..1, labels and query
+    [..., K], boxes [..., K, 4], best first; K is `count` at most. A query may answer twice.
     """
     scores, pair = logits.flatten(-2).topk(min(count, logits.shape[-2] * logits.shape[-1]))
-    query = (pair // logits.shape[-1])[..., None].expand(*pair.shape, 4)
-    return {"scores": scores.sigmoid(), "labels": pair % logits.shape[-1],
-            "boxes": boxes.gather(-2, query)}
+    query = pair // logits.shape[-1]
+    return {"scores": scores.sigmoid(), "labels": pair % logits.shape[-1], "query": query,
+            "boxes": boxes.gather(-2, query[..., None].expand(*pair.shape, 4))}
 
 
 def sample(decode, batch_size, cfg, device, dtype, generators=None, watch=None):

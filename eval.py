@@ -22,15 +22,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from pycocotools import mask as rle
 from pycocotools.cocoeval import COCOeval
 from scipy.ndimage import uniform_filter1d
 from torchvision.ops import batched_nms, box_convert
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_segmentation_masks
 from tqdm import tqdm
 
 import data
 import diffusion
 import lvis
+import masks
 import matcher
 import msda
 import runs
@@ -49,46 +52,60 @@ COLOURS = [f"hsv({222.5 * i % 360:.0f}, 70%, 100%)" for i in range(1000)]  # nei
 def postprocess(outputs, sizes, cfg):
     """What the model says about B images of sizes [B,2] (height, width in pixels) -> a list of B
     dicts: "scores" [K] in 0..1, best first, "labels" [K] and "boxes" [K,4] (x0, y0, x1, y1 in the
-    images' pixels). DETR ("ce"): each query's best class but the last, "no object". Deformable DETR
-    and after: the best query-class pairs. Diffusion: those of all steps after NMS, clipped."""
+    images' pixels), "query" [K]. DETR ("ce"): each query's best class but the last, "no object".
+    Deformable DETR and after: the best query-class pairs. Diffusion: those of all steps after NMS,
+    clipped."""
     if "sampled" in outputs:
         answers = outputs["sampled"]
     elif cfg.class_loss == "ce":
         logits, boxes = outputs["logits"][-1], outputs["boxes"][-1]
         scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # [B,Q]
         scores, query = scores.topk(min(cfg.detections, scores.shape[1]))
-        answers = [{"scores": scores, "labels": labels.gather(1, query),
+        answers = [{"scores": scores, "labels": labels.gather(1, query), "query": query,
                     "boxes": boxes.gather(1, query[..., None].expand(-1, -1, 4))}]
     else:
         logits, boxes = outputs["logits"][-1], outputs["boxes"][-1]
         answers = [diffusion.best_pairs(logits, boxes, cfg.detections)]
-    scores, labels, boxes = (torch.cat([answer[key] for answer in answers], 1)
-                             for key in ("scores", "labels", "boxes"))
+    scores, labels, boxes, queries = (torch.cat([answer[key] for answer in answers], 1)
+                                      for key in ("scores", "labels", "boxes", "query"))
     limits = sizes.to(boxes).flip(-1).repeat(1, 2)  # [B,4]: w, h, w, h
     boxes = box_convert(boxes, "cxcywh", "xyxy") * limits[:, None]  # [B,K,4], K of all steps
     found = []
-    for s, c, b, limit in zip(scores, labels, boxes, limits):
+    for s, c, b, q, limit in zip(scores, labels, boxes, queries, limits):
         if len(answers) > 1:
             # batched_nms shifts boxes by label * size: that costs float32 a hundredth of a pixel.
             keep = batched_nms(b.double(), s.double(), c, cfg.ensemble_nms)[:cfg.detections]
-            s, c, b = s[keep], c[keep], b[keep]
+            s, c, b, q = s[keep], c[keep], b[keep], q[keep]
         b = b.clamp(min=0).minimum(limit) if "sampled" in outputs else b
-        found.append({"scores": s, "labels": c, "boxes": b})
+        found.append({"scores": s, "labels": c, "boxes": b, "query": q})
     return found
 
 
 @torch.no_grad()  # not inference_mode: what a model caches could not be trained with
-def answer(model, images, mask, sizes, score=0, watch=None):
-    """`postprocess` of a batch, from `score` on, as lists; the model is left in eval mode."""
-    device = next(model.eval().parameters()).device
+def answer(model, images, mask, sizes, score=0, watch=None, things=None):
+    """`postprocess` of a batch, from `score` on, as lists, with masks as RLE if the model draws
+    them; it is left in eval mode. things: their labels, if a panoptic map is wanted."""
+    device, answers = next(model.eval().parameters()).device, []
     outputs = model(images.to(device, non_blocking=True), mask.to(device), watch=watch)
-    return [{key: value[found["scores"] >= score].tolist() for key, value in found.items()}
-            for found in postprocess(outputs, sizes, model.cfg)]
+    inside = torch.stack([(~mask[:, :, 0]).sum(1), (~mask[:, 0]).sum(1)], 1).tolist()  # h, w
+    for i, found in enumerate(postprocess(outputs, sizes, model.cfg)):
+        own, size, query = inside[i], sizes[i].tolist(), found.pop("query")
+        kept = found["scores"] >= score
+        answers.append({key: value[kept].tolist() for key, value in found.items()})
+        if model.cfg.masks:
+            drawn = outputs["masks"](torch.full_like(query[kept], i), query[kept])
+            answers[i]["masks"] = masks.instance_masks(drawn, own, size)
+            if things is not None:  # in the queries' order, as published
+                order = query[kept].argsort()
+                order = order[found["scores"][kept][order] > masks.SURE]
+                answers[i]["panoptic"] = masks.merge(found["labels"][kept][order], drawn[order],
+                                                     own, size, things)
+    return answers
 
 
-def coco_metrics(truth, detections, image_ids, table=False):
+def coco_metrics(truth, detections, image_ids, table=False, kind="bbox"):
     """pycocotools' scores of detections (its results format) against truth (as in COCO's file), on
-    these images -> dict of METRICS, 0..1; -1: nothing to find. table: print it."""
+    these images -> dict of METRICS, 0..1; -1: nothing to find. table: print it. kind: or "segm"."""
     categories = sorted(category["id"] for category in truth["categories"])
     sides = [{category: [] for category in categories} for _ in range(2)]
     for side, records in zip(sides, (truth["annotations"], detections)):
@@ -97,8 +114,8 @@ def coco_metrics(truth, detections, image_ids, table=False):
     jobs = categories, *(side.values() for side in sides)
     with ProcessPoolExecutor(min(os.cpu_count(), 4)) as pool:  # starts none until it is used
         spread = pool.map if len(detections) > 100_000 else map  # all of COCO takes minutes
-        precision, recall = zip(*spread(partial(lvis.category_curves, image_ids), *jobs))
-    scorer = COCOeval(iouType="bbox")
+        precision, recall = zip(*spread(partial(lvis.category_curves, image_ids, kind=kind), *jobs))
+    scorer = COCOeval(iouType=kind)
     scorer.eval = {"precision": np.concatenate(precision, 2), "recall": np.concatenate(recall, 1)}
     with contextlib.nullcontext() if table else contextlib.redirect_stdout(io.StringIO()):
         scorer.summarize()
@@ -112,9 +129,10 @@ def coco_metrics(truth, detections, image_ids, table=False):
 
 def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True, table=False):
     """Run the model over a data set of data.py, or its first `limit` images -> metrics, by
-    `coco_metrics` or, of LVIS's or V3Det's annotations, by `lvis.metrics`, and the detections as
-    rows [D,7], as the latter takes them. Processes share the images; all get the answer."""
-    image_ids = list(dataset.image_ids)[:limit]
+    `coco_metrics` or, of LVIS's or V3Det's annotations, by `lvis.metrics`, the detections as rows
+    [D,7], as the latter takes them, and their masks. Processes share the images; all get it."""
+    image_ids, counts, drawn = list(dataset.image_ids)[:limit], [], []
+    things = dataset.things if dataset.pngs else None
     mine = range(runs.rank(), len(image_ids), runs.world())
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     found, indices = array("d"), iter(mine)  # of V3Det 9 million, which as dicts take 4 GB
@@ -122,24 +140,36 @@ def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True,
     show = progress and runs.rank() == 0
     for images, mask, targets in runs.progress(loader, "evaluating", len(batches), show):
         sizes = torch.stack([target["orig_size"] for target in targets])
-        for one, i in zip(answer(model, images, mask, sizes), indices):
-            for sure, label, (x0, y0, x1, y1) in zip(*one.values()):
+        for one, i in zip(answer(model, images, mask, sizes, things=things), indices):
+            if "panoptic" in one:
+                counts.append(masks.panoptic_counts(*dataset.panoptic(i), *one.pop("panoptic")))
+            for sure, label, (x0, y0, x1, y1), *mask_of in zip(*one.values()):
                 # A head may have labels without a category in this data (11 of COCO's 91).
                 if (key := dataset.category_ids[label]) in dataset.label_of:
                     found.extend((i, key, sure, x0, y0, x1 - x0, y1 - y0))
+                    drawn += mask_of
     found = np.concatenate([np.reshape(share, (-1, 7)) for share in runs.gather(found)])
+    drawn, counts = (sum(runs.gather(part), []) for part in (drawn, counts))
     truth, metrics = dataset.ground_truth(), None
     if runs.rank() == 0 and ("ancestors" in truth or lvis.LISTS[0] in truth["images"][0]):
         metrics = lvis.metrics(truth, found, image_ids, table)
     elif runs.rank() == 0:
-        metrics = coco_metrics(truth, [*records(found, image_ids)], image_ids, table)
-    return runs.gather(metrics)[0], found
+        results = [*records(found, image_ids, drawn)]
+        metrics = coco_metrics(truth, results, image_ids, table)
+        if "segmentation" in truth["annotations"][0]:
+            metrics |= {f"segm_{name}": value for name, value in coco_metrics(
+                truth, results, image_ids, table, "segm").items()}
+        if counts:
+            metrics |= (quality := masks.panoptic_quality(counts, dataset.things))
+            print(*(f"{k} {v:.3f}" for k, v in quality.items()), sep=", ") if table else None
+    return runs.gather(metrics)[0], found, *([drawn] if drawn else [])
 
 
-def records(found, image_ids):
-    """Rows of `evaluate` -> pycocotools' results, one after another."""
-    for i, key, sure, *box in map(np.ndarray.tolist, found):
-        yield {"image_id": image_ids[int(i)], "category_id": int(key), "bbox": box, "score": sure}
+def records(found, image_ids, drawn=()):
+    """Rows of `evaluate`, and their masks -> pycocotools' results, one after another."""
+    for n, (i, key, sure, *box) in enumerate(map(np.ndarray.tolist, found)):
+        yield {"image_id": image_ids[int(i)], "category_id": int(key), "bbox": box,
+               "score": sure} | ({"segmentation": drawn[n]} if drawn else {})
 
 
 # ============================================================= images with boxes drawn, and curves
@@ -220,13 +250,14 @@ def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4)
         for (result, image), one in zip(batch, found):
             result["detections"] = [
                 {"label": classes[c], "category_id": ids[c], "score": s,
-                 "bbox": [x0, y0, x1 - x0, y1 - y0]}
-                for s, c, (x0, y0, x1, y1) in zip(one["scores"], one["labels"], one["boxes"])]
+                 "bbox": [x0, y0, x1 - x0, y1 - y0]} | {"segmentation": drawn for drawn in shape}
+                for s, c, (x0, y0, x1, y1), *shape in zip(*(one[key] for key in (
+                    "scores", "labels", "boxes", "masks") if key in one))]
             name = Path(result["file"]).stem
             while (picture := folder / f"{name}.jpg").exists():  # a/1.jpg and b/1.jpg
                 name += "-2"
             result["picture"] = str(picture)
-            drawn = draw(image, classes, one["boxes"], one["labels"], one["scores"])
+            drawn = draw(paint(image, one), classes, one["boxes"], one["labels"], one["scores"])
             drawn.save(picture, quality=92)
             if trajectory:
                 steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
@@ -250,6 +281,16 @@ def picture_grid(model, dataset, path, chosen, score=SCORE):
                    (f"score {score:g} or more", draw(image, classes, found["boxes"],
                                                      found["labels"], found["scores"]))]
     sheet(panels, 4).save(path)
+
+
+def paint(image, found):
+    """The PIL image with its masks in their labels' colours, where there are some."""
+    if not found.get("masks"):
+        return image
+    shapes = torch.from_numpy(rle.decode(found["masks"])).permute(2, 0, 1).bool()
+    colours = [COLOURS[label % 1000] for label in found["labels"]]
+    return to_pil_image(draw_segmentation_masks(
+        pil_to_tensor(image.convert("RGB")), shapes, alpha=0.5, colors=colours))
 
 
 def draw(image, classes, boxes, labels, scores=()):
@@ -508,14 +549,15 @@ def run(argv):
     labels = dict(zip(meta["category_ids"], meta["classes"]))
     dataset = data.open_data(
         args.data, args.data_root, "val", finder.transform, labels, finder.size,
-        annotations=args.annotations, held_out=meta["held_out"])
+        annotations=args.annotations, held_out=meta["held_out"], masks=model.cfg.masks)
     out = args.out or args.weights.parent
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long run, not after it
-    _, found = evaluate(model, dataset, args.batch_size, args.workers, args.limit, table=True)
+    _, found, *drawn = evaluate(model, dataset, args.batch_size, args.workers, args.limit,
+                                table=True)
     if runs.rank() == 0:
-        lines = map(json.dumps, records(found, dataset.image_ids))
+        lines = map(json.dumps, records(found, dataset.image_ids, *drawn))
         out.write_text("[" + ",\n".join(lines) + "]")
         count = len(dataset.image_ids[:args.limit])
         picture_grid(model, dataset, out.with_suffix(".png"), range(min(8, count)), args.score)

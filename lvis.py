@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -20,16 +21,21 @@ LISTS = "neg_category_ids", "not_exhaustive_category_ids"  # of an image in LVIS
 MOST = 300  # detections that count: LVIS's of an image, V3Det's of a class in an image
 
 
-def category_curves(image_ids, category, truth, detections, most=(1, 10, 100)):
+def category_curves(image_ids, category, truth, detections, most=(1, 10, 100), kind="bbox"):
     """pycocotools' precision [T,R,1,A,M] and recall [T,1,A,M] of one category's records."""
+    def area(record):
+        return float(rle.area(record["segmentation"])) if kind == "segm" else (
+            record["bbox"][2] * record["bbox"][3])
+
     sides = COCO(), COCO()
     with contextlib.redirect_stdout(io.StringIO()):
         for side, records in zip(sides, (truth, detections)):
-            records = [{"area": record["bbox"][2] * record["bbox"][3]} | record | {"id": n}
+            records = [{"area": area(record)} | record | {"id": n}
                        for n, record in enumerate(records, 1)]  # id 0 means "no match"
-            side.dataset = {"images": [], "categories": [], "annotations": records}
+            images = [dict(id=key, height=0, width=0) for key in image_ids if kind == "segm"]
+            side.dataset = {"images": images, "categories": [], "annotations": records}
             side.createIndex()
-        scorer = COCOeval(*sides, "bbox")
+        scorer = COCOeval(*sides, kind)
         scorer.params.imgIds, scorer.params.catIds = list(image_ids), [category]
         scorer.params.maxDets = list(most)
         scorer.evaluate()

@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
+from masks import mask_losses
+
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss (Lin et al. 2017), in all papers of the family
 
 
@@ -168,18 +170,21 @@ class Criterion:
 
     It returns (total, losses): the weighted sum to minimise, and losses[kind][loss] [L] before
     weighting. Kinds: "main" (decoder layers), "enc" (proposals), "dn" (denoising queries). Losses:
-    "class", "bbox" (L1 on cxcywh), "giou". `named` makes flat names for logs.
+    "class", "bbox" (L1 on cxcywh), "giou"; of the last layer "mask", "dice". `named` makes flat
+    names for logs.
     """
 
     def __init__(self, cfg):
         self.cfg = cfg
         own = {"class": cfg.weight_class, "bbox": cfg.weight_bbox, "giou": cfg.weight_giou}
-        self.weights = {"main": own, "enc": own, "dn": own | {"class": cfg.weight_class_dn}}
+        self.weights = {"main": own | {"mask": cfg.weight_mask, "dice": cfg.weight_dice},
+                        "enc": own, "dn": own | {"class": cfg.weight_class_dn}}
 
     def __call__(self, outputs, targets, step_counts=None):
         """
         Args:
-            outputs: the model's. targets: list of B dicts with labels [G] and boxes [G, 4].
+            outputs: the model's. targets: list of B dicts with labels [G] and boxes [G, 4], and,
+                where the model draws them, masks [G, H, W] bool of the un-padded images.
             step_counts: number of boxes in every image of the whole step, where these are one
                 micro-batch of it: the micro-batches' losses then sum to the step's.
         """
@@ -205,10 +210,13 @@ class Criterion:
             sizes = [sum(min(share * n, Q) for n, share in zip(
                 here, shares(k, here, Q, cfg.copies_rule))) for k in each]
             losses[kind] = self.supervise(kind, *stacks[kind], index, sizes, counts)
+            last = [x.split(sizes)[-1] for x in index] if kind == "main" else last
         for kind, layers in ("main", L), ("enc", 1):  # the mean of the groups
             if kind in losses:
                 losses[kind] = {key: x.unflatten(0, (layers, -1)).mean(1)
                                 for key, x in losses[kind].items()}
+        if "masks" in outputs:
+            losses["main"] |= mask_losses(outputs["masks"], targets, *last[1:], max(sum(counts), 1))
         if "dn" in outputs:
             losses["dn"] = self.denoise(targets, counts, **outputs["dn"])
         total = sum(self.weights[kind][loss] * value.sum()

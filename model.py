@@ -12,6 +12,7 @@ Shapes: B images, S tokens (all levels), Q queries, L decoder layers, C classes,
 heads.
 """
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ import diffusion
 import variants
 from backbone import attend, build_backbone
 from baseline import FasterRCNN
+from masks import MaskHead
 from msda import MSDeformAttn
 from variants import BOXES, VITS
 
@@ -87,6 +89,7 @@ class Memory(NamedTuple):
     shapes: list  # (h, w) of every level
     valid: torch.Tensor  # [B, levels, 2] share (w, h) of each level's map that is not padding
     centres: torch.Tensor  # [B, S, 2] the tokens' centres (x, y) in [0, 1] of the un-padded image
+    maps: list = None  # what masks are drawn from: C2, C3, C4 and the projected C5
 
 
 # ========================================================================= transformer layers
@@ -316,6 +319,8 @@ class Detector(nn.Module):
         if cfg.reference == "noise":
             self.time_embed = nn.Sequential(nn.Linear(d, 4 * d), nn.SiLU(), nn.Linear(4 * d, 4 * d))
         self.reset_parameters()
+        if cfg.masks:
+            self.mask_head = MaskHead(cfg, self.backbone.channels)
 
     def reset_parameters(self):
         """All initialisation that is not torch's default or an attention's own, in one place."""
@@ -376,7 +381,9 @@ class Detector(nn.Module):
         Returns a dict: logits [L, B, Q, C], boxes [L, B, Q, 4] and states [L, B, Q, d] of all
         decoder layers, of which the last is the answer; "enc" (proposals): logits, boxes; "dn"
         (in training): logits, boxes and queries, a `diffusion.Denoising`; "query_groups", if Q
-        holds several; "sampled" (diffusion, in evaluation): `best_pairs` of every step, L is 1.
+        holds several; "sampled" (diffusion, in evaluation): `best_pairs` of every step, L is 1;
+        "masks": a function of image [K] and query [K] that draws their masks, logits [K, h, w] at
+        stride 4, so that none is drawn in vain.
         """
         cfg = self.cfg
         if images.shape[0] != mask.shape[0] or images.shape[2:] != mask.shape[1:]:
@@ -425,7 +432,10 @@ class Detector(nn.Module):
         if denoising:
             logits, boxes, _ = (x[:, :, :P] for x in parts)
             outputs["dn"] = {"logits": logits, "boxes": boxes, "queries": noised}
-        return outputs | {name: x[:, :, P:] for name, x in zip(names, parts)}
+        outputs |= {name: x[:, :, P:] for name, x in zip(names, parts)}
+        if cfg.masks:
+            outputs["masks"] = partial(self.mask_head, outputs["states"][-1], memory)
+        return outputs
 
     def run(self, layer, *inputs):
         """A layer or a block of the backbone, whose activations may be recomputed in backward."""
@@ -439,7 +449,8 @@ class Detector(nn.Module):
         """Images [B, 3, H, W] and mask [B, H, W] to the encoder's `Memory`."""
         cfg = self.cfg
         images = images.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
-        maps = self.input_proj(self.backbone(images, self.run))
+        seen = self.backbone(images, self.run)
+        maps = self.input_proj(seen)
         wide = torch.promote_types(maps[0].dtype, torch.float32)  # coordinates are never in half
         masks, positions, valids, centres = [], [], [], []
         for level, x in enumerate(maps):
@@ -460,7 +471,7 @@ class Detector(nn.Module):
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
         memory = Memory(tokens, torch.cat(masks, 1), torch.cat(positions, 1) if positions else None,
                         [tuple(x.shape[2:]) for x in maps], torch.stack(valids, 1),
-                        torch.cat(centres, 1))
+                        torch.cat(centres, 1), [*seen[:3], *maps] if cfg.masks else None)
         for layer in self.encoder:
             # DAB-DETR: what a token has seen scales its position.
             pos = memory.pos * self.encoder_scale(tokens) if cfg.encoder_scale else memory.pos

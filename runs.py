@@ -32,7 +32,8 @@ class Options:
     variant: str = option("diffu", f"one of {', '.join(variants.VARIANTS)} (default: diffu)")
     data: str = option("toy", "toy, coco, lvis, v3det, or a folder of images and boxes (default: "
                        "toy)")
-    annotations: str = option(None, "the annotation file (default: searched for in --data)")
+    annotations: str = option(None, "the annotation file (default: searched for in --data); or a "
+                              "form for both splits', annotations/panoptic_{}.json")
     val_share: float = option(0.0, "share of images to validate on, if no split exists", high=0.9)
     data_root: str = option(None, "where COCO, LVIS or V3Det is (default: $COCO_ROOT, ..., else "
                             "data/coco, ...)")
@@ -121,7 +122,9 @@ def settle(given):
         options |= {"variant": meta["variant"], "preset": "checkpoint",
                     "known": dict(zip(meta["category_ids"], meta["classes"]))}
         row = Config(**meta["config"])
-        recipe = Recipe(**meta["recipe"]).but(**variants.FINE_TUNE_RECIPE)
+        options["masks_only"] = in_cfg.get("masks", False) and not row.masks
+        recipe = Recipe(**meta["recipe"]).but(**(
+            variants.MASKS_RECIPE if options["masks_only"] else variants.FINE_TUNE_RECIPE))
     else:
         row, recipe = variants.variant(options["variant"]), variants.recipe(options["variant"])
         if options["preset"] == "auto":

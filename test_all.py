@@ -52,7 +52,8 @@ def test_variants_parameters_are_the_published_counts():
             detr=41_524_768, detr_dc5=41_524_768, conditional=43_418_401, dab=43_671_517,
             dn_dab=43_694_977, deformable=40_069_665, deformable_single=34_066_593,
             deformable_refine=40_849_660, deformable_two_stage=41_181_529, dn=47_429_154,
-            dino=46_893_182, lw_medium=28_237_378, rf_nano=30_467_298).items():
+            dino=46_893_182, lw_medium=28_237_378, rf_nano=30_467_298,
+            detr_panoptic=42_899_288).items():
         assert count(name) == published, name
     for name, alone in dict(lw_tiny=9_072_366, lw_medium=24_633_742, rf_nano=26_863_662).items():
         assert count(name, query_groups=1) == alone, name

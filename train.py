@@ -8,6 +8,7 @@
 """
 import math
 import random
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -51,7 +52,7 @@ class Run:
             *size, crop=recipe.crop, several=recipe.sizes == "image")
         opened = partial(data.open_data, options["data"], options["data_root"], image_size=size[0],
                          annotations=options["annotations"], seed=options["seed"],
-                         share=None if overfit else options["val_share"])
+                         share=None if overfit else options["val_share"], masks=cfg.masks)
         labels = checkpoint and dict(zip(checkpoint["category_ids"], checkpoint["classes"]))
         self.train_set = opened("train", augment, labels)
         labels = dict(zip(self.train_set.category_ids, self.train_set.classes))
@@ -75,10 +76,17 @@ class Run:
             print(weights.fine_tune(model, options["weights"], same))
         elif self.first and not checkpoint:
             weights.load_backbone(model, recipe.backbone_weights)
+        if options.get("masks_only"):  # the rest stays as it is, but in train mode, as published
+            if not (same or checkpoint):
+                raise ConfigError(f"--masks: the boxes of {options['weights']} are of other classes"
+                                  ": fine-tune it on this data without --masks first")
+            model.requires_grad_(False).mask_head.requires_grad_(True)
         parts, names = dict(model.named_children()), options["freeze"].replace(" ", "").split(",")
         if wrong := {*names} - {*parts, ""}:
             raise ConfigError(f"--freeze {wrong.pop()}: this model has {', '.join(parts)}")
         self.frozen = [parts[name].requires_grad_(False) for name in names if name]
+        if options.get("masks_only"):
+            self.frozen += [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         self.parallel = model.to(self.device)
         self.criterion = getattr(model, "criterion", None) or matcher.Criterion(model.cfg)
         if runs.world() > 1:
@@ -137,7 +145,8 @@ class Run:
         if not self.first:
             return
         runs.append_log(self.log, step=self.step, epoch=self.step // self.per_epoch, **metrics)
-        self.say("step {}: AP {AP:.3f} AP50 {AP50:.3f}".format(self.step, **metrics))
+        self.say("step {}: ".format(self.step) + ", ".join(
+            f"{k} {metrics[k]:.3f}" for k in metrics if re.search("(AP|AP50|PQ)$", k)))
         if metrics["AP"] > self.best or not (self.out / "best.pth").exists():
             self.best = metrics["AP"]
             self.save("best.pth")
@@ -246,7 +255,8 @@ def forward_backward(run, batch):
     counts = sum(runs.gather([len(t["labels"]) for *_, targets in batch for t in targets]), [])
     sums, to = {}, dict(device=run.device, non_blocking=True)
     for i, (images, mask, targets) in enumerate(batch, 1):
-        targets = [{k: t[k].to(**to) for k in ("labels", "boxes")} for t in targets]
+        targets = [{k: t[k].to(**to) for k in ("labels", "boxes", "masks") if k in t}
+                   for t in targets]
         images, mask = resampled(run, images.to(**to), mask.to(**to))
         run.parallel.require_backward_grad_sync = i == len(batch)  # the last brings the sum to all
         with run.autocast():

@@ -128,6 +128,8 @@ class Config:
     cross_heads: int = option(0, "heads of the decoder's attention to the image (0: as --heads)",
                               low=0)
     points: int = option(4, "sampling points P per head and level", when=DEFORMABLE)
+    masks: bool = option(False, "a mask for each query, drawn by DETR's mask head (masks.py)",
+                         when=RESNET)
     # ---- where a query starts
     reference: str = option(
         "none", "a query's reference: none (DETR), learned points (Deformable DETR) or 4-D anchors "
@@ -205,6 +207,8 @@ class Config:
     weight_giou: float = option(2.0, "weight of the GIoU loss")
     weight_class_dn: float = option(1.0, "weight of denoising's class loss", when=DENOISES)
     cost_class: float = option(1.0, "weight of the class in the matching cost")
+    weight_mask: float = option(1.0, "weight of the masks' focal loss", when={"masks": (True,)})
+    weight_dice: float = option(1.0, "weight of the masks' dice loss", when={"masks": (True,)})
     no_object: float = option(0.1, "weight of no-object", when={"class_loss": ("ce",)})
     logit_eps: float = option(1e-5, "clamp of the inverse sigmoid", low=1e-9, high=0.4)
     giou_eps: float = option(0.0, "added to GIoU's denominators")
@@ -257,6 +261,8 @@ NEEDS = [
     ("size_modulation", (True,), {"attention": ("conditional",), "reference": BOXES}),
     ("encoder_scale", (True,), {"encoder_layers": range(1, 10 ** 9)}),
     ("box_codec", ("relative",), {"reference": BOXES}),
+    ("masks", (True,), {"backbone": RESNETS, "attention": ("dense", "conditional"),
+                        "query_groups": (1,), "reference": ("none", *BOXES[:2], "points")}),
     ("look_forward_twice", (True,), {"refine": (True,)}),
     ("copies", range(2, 10 ** 9), {"class_loss": SCORES}),  # "ce" counts one query a target
 ]
@@ -315,6 +321,9 @@ def idle(names, cfg):
 # DETR: a set of boxes from learned queries, dense attention, softmax with "no object". Carion 2020.
 detr = Config()
 detr_dc5 = detr.but(dilation=True)
+# With masks; labels are COCO's raw ids of things (to 90) and stuff (92 to 200).
+detr_panoptic = detr.but(masks=True, num_classes=250)
+detr_panoptic_dc5 = detr_panoptic.but(dilation=True)
 
 # Conditional DETR: position apart from content in attention, looked for around a point. Meng 2021.
 conditional = detr.but(
@@ -412,7 +421,7 @@ _lw = Recipe(epochs=60, lr_backbone=1.5e-4, lr_layer_decay=0.8, lr_component_dec
              ema=0.9997, batch_size=32, image_size=640, max_size=0)
 _rf = _lw.but(epochs=100, batch_size=16, ema=0.993, ema_tau=100, sizes="batch")
 RECIPES = {
-    "detr": _detr, "detr_dc5": _detr,
+    **{name: _detr for name in VARIANTS if name.startswith("detr")},
     **{name: _deformable for name in VARIANTS if name.startswith("deformable")},
     "dino": Recipe(epochs=12, lr_drop=11 / 12), "align": _align, "align_published": _align,
     "lw_tiny": _lw, "lw_small": _lw, "diffu_lw": _lw,
@@ -455,6 +464,8 @@ TOY_RECIPE = SMALL_RECIPE | dict(epochs=8, image_size=128, max_size=128, crop=Fa
 FINE_TUNE_RECIPE = dict(epochs=12, steps=0, batch_size=16, warmup=100, lr_drop=0.8,
                         backbone_weights="none")
 OVERFIT_RECIPE = dict(steps=500, warmup=50, eval_every=100)
+# And when it gives a trained detector, which stays as it is, a mask head.
+MASKS_RECIPE = FINE_TUNE_RECIPE | dict(epochs=25, lr=1e-4, lr_drop=15 / 25, warmup=0)
 
 
 def small(row):

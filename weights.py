@@ -73,6 +73,9 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"^(input_proj\..*)\.conv\.", r"\1.0."),  # detrex's, too
     (r"^(input_proj\..*)\.(norm|bn|gn)\.", r"\1.1."),
     (r"^query_feat\.", "tgt_embed."),
+    # DETR's masks
+    (r"^bbox_attention\.", "mask_head."),
+    (r"^mask_head\.(lay|gn|adapter)(\d)\.", lambda m: f"mask_head.{m[1]}.{int(m[2]) - 1}."),
     # everyone's
     (r"^backbone\.0\.body\.", "backbone."),
     (r"^input_proj\.(weight|bias)$", r"input_proj.0.\1"),  # DETR's only level
@@ -112,10 +115,20 @@ SIGNS = [(tuple(names.split()), variant) for names, variant in [
     ("reference_points.weight bbox_embed.1.0.weight", "deformable_refine"),
     ("reference_points.weight input_proj.1.0.weight", "deformable"),
     ("reference_points.weight", "deformable_single"),
-    ("input_proj.0.weight", "detr detr_dc5"),
+    ("input_proj.0.weight", "detr detr_dc5 detr_panoptic detr_panoptic_dc5"),
 ]]
 # Parts of published names of the family's members that have no variant here yet.
-FOREIGN = re.compile(r"mask_head\.|segmentation_head|patterns")
+FOREIGN = re.compile(r"segmentation_head|patterns")
+# COCO's stuff, by its ids.
+STUFF = """92 banner 93 blanket 95 bridge 100 cardboard 107 counter 109 curtain 112 door-stuff
+    118 floor-wood 119 flower 122 fruit 125 gravel 128 house 130 light 133 mirror-stuff 138 net
+    141 pillow 144 platform 145 playingfield 147 railroad 148 river 149 road 151 roof 154 sand
+    155 sea 156 shelf 159 snow 161 stairs 166 tent 168 towel 171 wall-brick 175 wall-stone
+    176 wall-tile 177 wall-wood 178 water-other 180 window-blind 181 window-other 184 tree-merged
+    185 fence-merged 186 ceiling-merged 187 sky-other-merged 188 cabinet-merged 189 table-merged
+    190 floor-other-merged 191 pavement-merged 192 mountain-merged 193 grass-merged 194 dirt-merged
+    195 paper-merged 196 food-other-merged 197 building-other-merged 198 rock-merged
+    199 wall-other-merged 200 rug-merged"""
 # ResNets by the number of blocks in layer3, and of convolutions in a block.
 RESNETS = {(2, 2): "resnet18", (6, 2): "resnet34", (6, 3): "resnet50", (23, 3): "resnet101"}
 # Swins by the number of blocks in the third stage, and of channels in the first.
@@ -207,7 +220,8 @@ def state_of(checkpoint, label):
     there is one, as its authors evaluate that (DiffuDINO's is "ema_state", DINO's "ema_model")."""
     inner = [checkpoint[key] for key in ("ema", "ema_state", "ema_model", "model", "state_dict")
              if isinstance(checkpoint.get(key), dict) and checkpoint[key]]
-    state = {str(k).removeprefix("module."): v for k, v in (inner or [checkpoint])[0].items()}
+    state = {str(k).removeprefix("module.").removeprefix("detr."): v
+             for k, v in (inner or [checkpoint])[0].items()}
     if not state or not all(map(torch.is_tensor, state.values())):
         raise WeightsError(f"{label}: no state dict found in it, only {[*checkpoint][:6]}")
     if any(".w_msa." in key for key in state):
@@ -258,6 +272,7 @@ def detect(state, name=""):
         d_model=size("decoder.0.linear2.weight"), ffn=size("decoder.0.linear1.weight"),
         encoder_layers=count(r"encoder\.(\d+)\."), decoder_layers=count(r"decoder\.(\d+)\."),
         dilation="dc5" in name.lower() or None, levels=levels,
+        masks="mask_head.out_lay.weight" in shape,
         backbone=RESNETS.get((count(r"backbone\.layer3\.(\d+)\."),
                               count(r"backbone\.layer1\.0\.conv(\d)\."))))
     if table := size("backbone.features.1.0.attn.relative_position_bias_table"):  # (2w - 1)^2 rows
@@ -306,11 +321,15 @@ def likely(checkpoint, label):
 
 
 def coco_classes(num_classes):
-    """(class names, category ids) of a published head: COCO's 91 raw ids, its 80, or numbers."""
+    """(class names, category ids) of a published head: COCO's 91 raw ids, its 80, the 250 of things
+    and stuff, or numbers."""
     names = ["N/A", *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]]
     if num_classes == 80:
         return [n for n in names if n != "N/A"], [i for i, n in enumerate(names) if n != "N/A"]
-    return (names if num_classes == 91 else [f"class {i}" for i in range(num_classes)],
+    if num_classes == 250:
+        stuff = {int(i): name for i, name in re.findall(r"(\d+) (\S+)", STUFF)}
+        names += [stuff.get(i, "N/A") for i in range(91, 250)]
+    return (names if num_classes in (91, 250) else [f"class {i}" for i in range(num_classes)],
             list(range(num_classes)))
 
 
@@ -324,7 +343,8 @@ def fine_tune(model, source, same_classes):
     heads and label embeddings, where the file lacks them, and unless the labels mean the same
     (`same_classes`) and their number fits. Everything else must fit."""
     checkpoint, label = opened(source)
-    heads = r"(class_embed\.\d+|enc_class_embed|label_enc|roi_heads\.box_predictor)\."
+    heads = r"(class_embed\.\d+|enc_class_embed|label_enc|roi_heads\.box_predictor%s)\." % (
+        "" if any("mask_head." in key for key in state_of(checkpoint, label)) else "|mask_head")
     loaded, fresh = _load(model, checkpoint, label, heads, not same_classes)
     old = state_of(checkpoint, label).get("label_enc.weight")
     if model.cfg.content == "label" and old is not None:  # its last row is no class, but content

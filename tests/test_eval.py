@@ -19,7 +19,8 @@ import variants
 import weights
 from tests.fixtures import refused, run_quietly, small
 
-FOCAL = SimpleNamespace(class_loss="focal", detections=40, ensemble_nms=0.3, reference="points")
+FOCAL = SimpleNamespace(class_loss="focal", detections=40, ensemble_nms=0.3, masks=False,
+                        reference="points")
 
 
 class Oracle(nn.Module):

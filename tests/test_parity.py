@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torchvision.ops import box_convert
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
@@ -177,6 +178,11 @@ def run(source, case, file, name, also="", changes={}, draws={}):
     model = build_model(name, **changes).double().train("train" in also).requires_grad_()
     weights.load_weights(model, state)
     cfg, (images, mask, targets) = model.cfg, batch(model.cfg.num_classes)
+    for target, (h, w) in zip(targets if cfg.masks else (), SIZES):  # each box, filled
+        x0, y0, x1, y1 = (box_convert(target["boxes"], "cxcywh", "xyxy")
+                          * torch.tensor([w, h, w, h])).T[..., None]
+        x, y = torch.arange(w), torch.arange(h)
+        target["masks"] = ((y > y0 - 1) & (y < y1))[..., None] & ((x > x0 - 1) & (x < x1))[:, None]
     with pinned(draws), ROUNDED, torch.set_grad_enabled(grad):
         outputs, total, losses, call, pairs = forward(model, images, mask, targets)
     *_, reference, blocked = (*call.args, None)[:6]
@@ -195,6 +201,9 @@ def run(source, case, file, name, also="", changes={}, draws={}):
             yield f"enc_top_{key} enc_{key}_first20 topk_{key}_first20", enc[key]
         if dn:
             yield f"dn_{key} dn_{key}_first20", dn[key][-1]
+    if cfg.masks:
+        drawn = outputs["masks"](torch.arange(2).repeat_interleave(5), torch.arange(5).repeat(2))
+        yield "pred_masks", drawn.unflatten(0, (2, 5))[..., ::4, ::4]
     if dn:
         yield "dn_query_boxes_unsigmoid", inverse_sigmoid(dn["queries"].boxes, cfg.logit_eps)
         yield "reference_dn_first20", reference
@@ -367,6 +376,7 @@ CASES = {  # [(what is compared, with which file, a run's variant, options, chan
     "transforms": [(transforms, "out")],
     "msda": [(operator, "out")],
     "detr-r50": [(run, "out", "detr", "gradients")],
+    "detr-panoptic-r50": [(run, "out", "detr_panoptic")],
     "conditional-r50": [(run, "out", "conditional", "gradients")],
     "dab-r50": [(run, "out", "dab", "gradients")],
     "deformable-r50": [(run, "out", "deformable", "gradients")],

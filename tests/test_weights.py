@@ -28,6 +28,9 @@ FILES = [  # variant, overrides, filename, and the folder of parity's that has s
     ("diffu_dino_published", {}, "model_final.pth", "diffu-dino-r50"),
     ("dino", dict(num_classes=7, num_queries=30), "my.pth", "dino-4scale-r50"),
     ("detr_dc5", {}, "detr-r50-dc5-f0fb7ef5.pth", "detr-r50"),
+    ("detr_panoptic", {}, "detr-r50-panoptic-00ce5173.pth", "detr-panoptic-r50"),
+    ("detr_panoptic_dc5", {}, "detr-r50-dc5-panoptic-da08f1b1.pth", "detr-panoptic-r50"),
+    ("detr", dict(masks=True), "instances.pth", "detr-panoptic-r50"),
     ("deformable_single", dict(dilation=True), "single_scale_dc5.pth", "deformable-r50"),
     ("dab", dict(dilation=True), "R50_DC5/checkpoint.pth", "dab-r50"),
     ("dn_dab", {}, "checkpoint_optimized_44.7ap.pth", "dab-r50"),
@@ -53,7 +56,7 @@ def published(name, changes, file, case):
     """A model, and zeros of its shapes under the names of a published state dict."""
     with torch.device("meta"):
         model = build_model(name, **changes)
-    keys = [key for key, _ in read(PUBLISHED, case, "keys")]
+    keys = [key.removeprefix("detr.") for key, _ in read(PUBLISHED, case, "keys")]
     absent, more = {
         "deformable_refine": (r"enc_out|pos_tr|_embed\.6|decoder\.class", [
             "query_embed.weight", "transformer.reference_points.weight",
