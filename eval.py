@@ -277,7 +277,8 @@ def picture_grid(model, dataset, path, chosen, score=SCORE):
         image.thumbnail((640, 640))
         truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.size * 2)
         (found,) = answer(model, pixels, mask, torch.tensor([image.size[::-1]]), score)
-        panels += [("ground truth", draw(image, classes, truth.tolist(), target["labels"].tolist())),
+        truth, labels = truth.tolist(), target["labels"].tolist()
+        panels += [("ground truth", draw(image, classes, truth, labels)),
                    (f"score {score:g} or more", draw(image, classes, found["boxes"],
                                                      found["labels"], found["scores"]))]
     sheet(panels, 4).save(path)

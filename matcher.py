@@ -210,7 +210,8 @@ class Criterion:
             sizes = [sum(min(share * n, Q) for n, share in zip(
                 here, shares(k, here, Q, cfg.copies_rule))) for k in each]
             losses[kind] = self.supervise(kind, *stacks[kind], index, sizes, counts)
-            last = [x.split(sizes)[-1] for x in index] if kind == "main" else last
+            if kind == "main":
+                last = [x.split(sizes)[-1] for x in index]  # the last layer's pairs: masks'
         for kind, layers in ("main", L), ("enc", 1):  # the mean of the groups
             if kind in losses:
                 losses[kind] = {key: x.unflatten(0, (layers, -1)).mean(1)

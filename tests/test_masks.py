@@ -15,7 +15,7 @@ import data
 import eval as evaluation
 import masks
 import weights
-from tests.fixtures import TINY_RUN, batch, coco_folder, refused, run_quietly, small
+from tests.fixtures import TINY_RUN, coco_folder, refused, run_quietly, small
 
 
 def test_masks_panoptic_quality_is_that_of_cases_by_hand():
