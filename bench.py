@@ -7,16 +7,23 @@
     kill, soak    a run killed at 20 random moments beside an undisturbed one; 2,000 steps' memory
     flops         DiffuDETR's sampling steps, reading the memory once or in every step
     ablate        DiffuDETR's choices, each trained and scored at the small size
+    gpu           a GPU's figures in one call of at most nine minutes (without one: a rehearsal)
 """
 import argparse
+import contextlib
 import copy
+import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import random
 import resource
+import shutil
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
@@ -38,6 +45,7 @@ import train
 import weights
 from matcher import Criterion
 from model import build_model
+from msda_cuda import cuda
 from variants import SAMPLING, VARIANTS, recipe
 
 
@@ -76,6 +84,17 @@ def apart(work, seconds=None):
     return here.recv() if process.exitcode == 0 else (np.nan, np.nan)
 
 
+def operator_inputs(shapes, B, Q, D):
+    """value, offsets, logits, reference of Q random queries or, None, of an encoder's tokens."""
+    torch.manual_seed(0)
+    centre = torch.rand(Q, 2) if Q else torch.cat([
+        torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1)
+        for h, w in shapes])
+    Q, S = len(centre), sum(h * w for h, w in shapes)
+    return [torch.randn(B, S, 8, D), 3 * torch.randn(B, Q, 8, 4, 4, 2),
+            torch.randn(B, Q, 8, 4, 4), centre[None, :, None].repeat(B, 1, 4, 1)]
+
+
 def bench_msda(args):
     """Whether the operator is right, then its speed: on the GPU if there is one."""
     def both(way, *tensors):
@@ -91,13 +110,7 @@ def bench_msda(args):
         ways = {"grid_sample": lambda value, *where: msda.msda_grid_sample(
                     value, shapes, *msda.sampling(shapes, *where)),
                 "minDETR": lambda value, *where: msda.msda(value, shapes, *where)}
-        torch.manual_seed(0)
-        centre = torch.rand(Q, 2) if Q else torch.cat([  # in an encoder: tokens, each at its place
-            torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1)
-            for h, w in shapes])
-        Q, S = len(centre), sum(h * w for h, w in shapes)
-        tensors = [torch.randn(B, S, 8, D), 3 * torch.randn(B, Q, 8, 4, 4, 2),
-                   torch.randn(B, Q, 8, 4, 4), centre[None, :, None].repeat(B, 1, 4, 1)]
+        tensors = operator_inputs(shapes, B, Q, D)
         wide = [a.double().requires_grad_() for a in tensors]
         tensors[:3] = [a.requires_grad_() for a in tensors[:3]]
         # Mean errors: where a point hits a pixel's centre, rounding chooses one of two slopes.
@@ -112,7 +125,7 @@ def bench_msda(args):
 
 
 @cache
-def built(side, name, **options):
+def built(side, name, device="cpu", **options):
     """A model of one side with random weights, and its optimizer."""
     if side == "minDETR":
         model = build_model(name, **options)
@@ -131,7 +144,7 @@ def built(side, name, **options):
         for parameter_name, parameter in model.named_parameters():
             if ".encoder.stages." in parameter_name:
                 parameter.requires_grad_(".stages.0." not in parameter_name)
-    return model, torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    return model.to(device), torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
 
 def vit_of_transformers(name):
@@ -154,24 +167,26 @@ def vit_of_transformers(name):
 
 
 @cache
-def image_batch(size, count, square=False):
+def image_batch(size, count, square=False, device="cpu"):
     """Random 4:3 images with so many pixels on the short side, or squares, and seven random boxes
     in each."""
     torch.manual_seed(0)
     wide = size if square else size * 4 // 3
-    images, labels = torch.randn(count, 3, size, wide), torch.randint(80, (7,))
-    targets = [dict(labels=labels, class_labels=labels, boxes=torch.rand(7, 4) * 0.3 + 0.2)] * count
+    images, labels, boxes = (t.to(device) for t in (
+        torch.randn(count, 3, size, wide), torch.randint(80, (7,)), torch.rand(7, 4) * 0.3 + 0.2))
+    targets = [dict(labels=labels, class_labels=labels, boxes=boxes)] * count
     return images, torch.zeros_like(images[:, 0], dtype=torch.bool), targets
 
 
-def work(side, what, name, size, count=1, again=False, **options):
-    """Detect in images, or take a training step on them; returns the number of parameters."""
-    (model, optimizer), training = built(side, name, **options), what == "train"
+def work(side, what, name, size, count=1, again=False, device="cpu", half=False, **options):
+    """Detect in images, or take a training step on them (half: in bf16); returns the number of
+    parameters."""
+    (model, optimizer), training = built(side, name, device, **options), what == "train"
     if training and side == "minDETR":
         runs.keep_memory()  # as train.py does
-    images, mask, targets = image_batch(size, count, recipe(name).max_size == 0)
+    images, mask, targets = image_batch(size, count, recipe(name).max_size == 0, device)
     model.train(training).checkpoint_activations = again
-    with torch.set_grad_enabled(training):
+    with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, half):
         if side == "minDETR":
             outputs = model(images, mask, targets)
             loss = training and Criterion(model.cfg)(outputs, targets)[0]
@@ -392,6 +407,199 @@ def bench_ablate(args):
             f"{np.mean(x):+7.1f} ({np.ptp(x):.1f})" for x in (ours, apart_by)))
 
 
+# =================================================================================== a GPU's day
+
+# Seconds at most of each section: first whether it is right, last what may be refused.
+SECTIONS = {"right": 100, "operator": 100, "train": 120, "infer": 100, "steps": 40, "profile": 30,
+            "sanitizer": 50}
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+
+
+def bench_gpu(args):
+    """Every section in a process of its own, so that none spoils another, each line as it comes;
+    then all figures again. Without a GPU: small, on the CPU, with the kernel emulated."""
+    if args.only:
+        from tests import emulate
+        with contextlib.nullcontext() if GPU else emulate.gpu():
+            return globals()[f"gpu_{args.only}"](args)
+    begun, table = time.time(), [torch.cuda.get_device_name() if GPU else "rehearsal on a CPU"]
+    for name, limit in SECTIONS.items():
+        command = [sys.executable, "-u", __file__, "gpu", "--only", name, "--runs", str(args.runs),
+                   "--peers", args.peers]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, errors="replace")
+        timer = threading.Timer(max(1, min(limit, begun + 530 - time.time())), process.kill)
+        timer.start()
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            table += [line.rstrip()] * line.startswith(f"{name}: ")
+        timer.cancel()
+        if code := process.wait():
+            table.append(f"{name}: " + ("cut off at its limit" if code < 0 else f"FAILED ({code})"))
+    print("-" * 79, *table, f"{time.time() - begun:.0f} s in all", sep="\n", flush=True)
+
+
+def clocked(way, rounds, graph=False):
+    """Median seconds of way(); graph: of its CUDA graph's replays, without Python's cost."""
+    for _ in range(3):  # compiles, and sets up what a capture must not
+        way()
+    if GPU and graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            way()
+        way = captured.replay
+    seconds = []
+    for _ in range(3 * rounds if GPU else 1):
+        started = time.perf_counter()
+        way()
+        if GPU:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
+
+
+def gpu_right(args):
+    done = subprocess.run([sys.executable, "test_all.py", "-k", "msda"], capture_output=True,
+                          text=True)
+    print(done.stdout[-3000:] + f"right: {done.stdout.splitlines()[-1]} (test_all.py -k msda)")
+    return done.returncode
+
+
+def peers(args):
+    """{name: module} of --peers' Python files, which build and call other people's kernels:
+    forward(value, shapes, locations, weights) and backward(grad_out, the same)."""
+    found = {}
+    for path in map(Path, args.peers.split()):
+        try:
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+            found[path.stem] = module
+        except Exception as error:  # another's build must not cost our figures
+            print(f"operator: {path.stem}: not built: {error}")
+    return found
+
+
+def gpu_operator(args):
+    """Replays, forward and with backward, beside grid_sample and --peers, and the least that must
+    be read and written as a share of the speed at which the GPU copies."""
+    big, others = torch.ones(2 ** 28 if GPU else 2 ** 20, device=DEVICE), peers(args)
+    speed = 8 * len(big) / clocked(big.clone, args.runs, True)  # bytes a second, both ways
+    print(f"operator: copies {speed / 1e12:.2f} TB/s")
+    large, square = ([(a >> l, b >> l) for l in range(4)] for a, b in ((100, 136), (128, 128)))
+    cases = [("encoder, 800 x 1088", large, 2, None), ("decoder, 900 queries", large, 2, 900),
+             ("encoder, 1024 x 1024", square, 2, None)]  # FlashDeformAttn's blocks are full
+    for (title, shapes, *sizes), dtype in itertools.product(
+            cases if GPU else [("tiny", [(4, 4), (2, 2), (1, 1), (1, 1)], 1, None)],
+            (torch.float32, torch.float16, torch.bfloat16)):
+        value, *rest, reference = (t.to(DEVICE) for t in operator_inputs(shapes, *sizes, 32))
+        where = [t.to(dtype) for t in msda.sampling(shapes, *rest, reference)]
+        value, *rest = (t.to(dtype) for t in (value, *rest))
+        inputs = value, *rest, reference, tuple(n for pair in shapes for n in pair)
+        out = cuda.forward(*inputs)
+        grad = torch.randn_like(out)
+        ways = {"minDETR": (lambda: cuda.forward(*inputs),
+                            lambda: cuda.backward(grad, *inputs, False))}
+        for name, peer in ({"grid_sample": Definition} | others).items():
+            ways[name] = (lambda peer=peer: peer.forward(value, shapes, *where),
+                          lambda peer=peer: peer.backward(grad, value, shapes, *where))
+        least = sum(t.nbytes for t in (*inputs[:4], out))
+        least = least, 2 * least + 4 * value.numel() + sum(t.nbytes for t in rest)
+        ours = None
+        for name, (forward, backward) in ways.items():
+            with attempt(f"operator: {name}"):
+                off = (forward().double() - out.double()).abs().mean() / out.double().abs().mean()
+                seconds = [clocked(way, args.runs, True)
+                           for way in (forward, lambda: (forward(), backward()))]
+                ours = ours or seconds
+                print(f"operator: {title}, {str(dtype)[6:]}, {name}: " + ", ".join(
+                    f"{what} {s * 1e6:.1f} us ({n / s / speed:.0%} of copying; {s / o:.2f} x ours)"
+                    for what, s, n, o in zip(("forward", "both"), seconds, least, ours))
+                    + f"; apart from ours by {off:.1e}")
+
+
+class Definition:
+    """grid_sample as one of `peers`."""
+    forward = staticmethod(msda.msda_grid_sample)
+
+    @staticmethod
+    def backward(grad, value, shapes, locations, weights):
+        leaves = [t.detach().requires_grad_() for t in (value, locations, weights)]
+        out = msda.msda_grid_sample(leaves[0], shapes, *leaves[1:])
+        return torch.autograd.grad(out, leaves, grad)
+
+
+@contextlib.contextmanager
+def attempt(what):
+    """Print what fails within, and go on."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{what}: FAILED: {type(error).__name__}: {str(error)[:300]}")
+
+
+def gpu_train(args):
+    """A step in bf16 at 800 x 1066: images a second, and the peak of the GPU's memory."""
+    for count, (side, name) in itertools.product((2, 8) if GPU else (1,), (
+            ("transformers", "deformable_two_stage"), ("minDETR", "deformable_two_stage"),
+            ("minDETR", "dino"), ("minDETR", "diffu_dino"))):
+        with attempt(f"train: {side}, {name}, batch {count}"):
+            built.cache_clear()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats() if GPU else None
+            s = clocked(lambda: work(side, "train", name, 800 if GPU else 64, count, device=DEVICE,
+                                     half=True), args.runs)
+            peak = torch.cuda.max_memory_allocated() / 1e9 if GPU else 0
+            print(f"train: {side}, {name}, batch {count}: {count / s:.2f} images/s, {peak:.1f} GB")
+
+
+@torch.no_grad()
+def gpu_infer(args):
+    """One image: eager in float32 and bf16, compiled, and as a CUDA graph."""
+    for name in ("deformable_two_stage", "diffu_dino", "lw_tiny"):
+        model, size = built("minDETR", name, DEVICE)[0].eval(), 800 if GPU else 64
+        images, mask, _ = image_batch(size, 1, recipe(name).max_size == 0, DEVICE)
+        compiled = torch.compile(model, backend="inductor" if GPU else "eager")
+        for title, way, half, graph in (
+                ("float32", model, False, False), ("bf16", model, True, False),
+                ("bf16, CUDA graph", model, True, True), ("bf16, compiled", compiled, True, False)):
+            with attempt(f"infer: {name}, {title}"), torch.autocast(DEVICE, torch.bfloat16, half):
+                s = clocked(lambda: way(images, mask), args.runs, graph)
+                print(f"infer: {name}, {title}: {1 / s:.1f} images/s")
+
+
+@torch.no_grad()
+def gpu_steps(args):
+    """What another DDIM evaluation costs, beside the whole answer with one."""
+    model, (images, mask, _) = built("minDETR", "diffu_dino", DEVICE)[0].eval(), image_batch(
+        800 if GPU else 64, 1, device=DEVICE)
+    seconds = []
+    for n in (1, 5):
+        model.cfg = model.cfg.but(sampling_steps=n)
+        seconds.append(clocked(lambda: model(images, mask), args.runs))
+    one, more = seconds[0], (seconds[1] - seconds[0]) / 4
+    print(f"steps: one {one * 1e3:.1f} ms; each further {more * 1e3:.2f} ms, {more / one:.1%}")
+
+
+def gpu_profile(args):
+    kinds = torch.profiler.ProfilerActivity
+    step = partial(work, "minDETR", "train", "dino", 800 if GPU else 64, 2, device=DEVICE,
+                   half=True)
+    step()
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA][:1 + GPU]) as seen:
+        step()
+    print(seen.key_averages().table(sort_by=f"self_{DEVICE}_time_total", row_limit=12,
+                                    max_name_column_width=60))
+
+
+def gpu_sanitizer(args):
+    """Does a kernel touch memory that is not its own? Not run where that is not allowed."""
+    tool = shutil.which("compute-sanitizer")
+    done = tool and subprocess.run([tool, sys.executable, "test_all.py", "-k", "msda_ways"],
+                                   capture_output=True, text=True)
+    print("sanitizer: " + (done.stdout.splitlines()[-1] if done and GPU else "not run"))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -401,7 +609,9 @@ if __name__ == "__main__":
             ("runs", 5, "timed rounds"), ("size", 0, "images' short side (800; of memory: 400)"),
             ("steps", 0, "of the runs of kill (100) or soak (2,000)"), ("data", "toy", "of ablate"),
             ("pictures", 4800, "in each training of ablate"), ("seeds", 2, "of ablate"),
-            ("only", "", "variants of infer and train"), ("amp", "none", "of ablate"),
+            ("only", "", "variants of infer and train; a section of gpu"),
+            ("peers", "", "of gpu: Python files that call other kernels (see `peers`)"),
+            ("amp", "none", "of ablate"),
             ("out", "out/ablate", "of ablate: its folder")):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     args = parser.parse_args()
