@@ -90,14 +90,17 @@ def backward(grad_out, value, offsets, logits, reference, shapes, of_reference):
 
 @functools.lru_cache(1024)
 def plan(name, device, config, shapes, B, S, Q):
-    """A launch's kernel, grid, addresses of struct Levels, S and Q, and the array of these."""
+    """A launch's kernel, grid, addresses of struct Levels, S, Q and a head's blocks, and the array
+    of these. Queries that are tokens, around points, are counted in whole tiles of 8 x 8."""
     h, w = shapes[::2], shapes[1::2]
     starts = [sum(a * b for a, b in zip(h[:l], w[:l])) for l in range(len(h))]
-    numbers = [*h, *w, *starts, S, Q]
-    kept = (ctypes.c_int32 * len(numbers))(*numbers)
-    addresses = [ctypes.addressof(kept) + 4 * i for i in (0, 3 * len(h), 3 * len(h) + 1)]
+    tiles = sum(-(-a // 8) * -(-b // 8) for a, b in zip(h, w))
+    count = 64 * tiles if config.R == 2 and Q == S else Q
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    grid = config.grid(B * config.M, Q, processors)
+    grid = config.grid(B * config.M, count, processors)
+    numbers = [*h, *w, *starts, S, Q, grid[0] // (B * config.M)]
+    kept = (ctypes.c_int32 * len(numbers))(*numbers)
+    addresses = [ctypes.addressof(kept) + 4 * i for i in (0, *range(3 * len(h), len(numbers)))]
     return kernels(config, device)[name], grid, addresses, kept
 
 
@@ -114,7 +117,7 @@ def launch(name, shapes, *tensors):
     with torch.cuda.device(device):
         call(driver, "cuCtxSetCurrent", context(device))
         run, (blocks, threads, shared), last, _ = plan(name, device, config, tuple(shapes), B, S, Q)
-        arguments = (ctypes.c_void_p * (n + 3))(*range(first, first + 8 * n, 8), *last)
+        arguments = (ctypes.c_void_p * (n + 4))(*range(first, first + 8 * n, 8), *last)
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         call(driver, "cuLaunchKernel", run, blocks, 1, 1, threads, 1, 1, shared, stream, arguments,
              None)

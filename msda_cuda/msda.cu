@@ -12,8 +12,8 @@
 //   value [B, S, M, D]  offsets [B, Q, M, L, P, 2]  logits [B, Q, M, L, P]  reference [B, Q, L, R]
 //   out   [B, Q, M, D]  and each gradient as what it is the gradient of
 // Neighbouring lanes hold neighbouring channels: a corner is read in whole cache lines. A block's
-// groups of LANES are one head's consecutive queries: in the encoder, neighbours that read the same
-// corners. First each lane prepares some of its group's points in shared memory, then all lanes
+// groups of LANES are one head's queries, in the encoder neighbours that read the same corners.
+// First each lane prepares some of its group's points in shared memory, then all lanes
 // read every point. Lanes of a warp never part: groups past the last query compute the last one
 // again and write nothing. Blocks need no barrier.
 #include "sampling.h"
@@ -102,19 +102,34 @@ __device__ A scattered_sum(A (&x)[N], int lane) {
     return x[0];
 }
 
-// Which (image, query, head) a group computes, and the group's points.
+// The i-th token where each map is walked in tiles of 8 x 8: -1 in a tile's part outside its map.
+__device__ int tiled(const Levels &levels, int i) {
+    UNROLL for (int l = 0; l < L; l++) {
+        const int h = levels.h[l], w = levels.w[l], across = (w + 7) / 8;
+        const int tokens = (h + 7) / 8 * across * 64;
+        if (i < tokens) {
+            const int x = i / 64 % across * 8 + i % 8, y = i / 64 / across * 8 + i % 64 / 8;
+            return x < w && y < h ? levels.start[l] + y * w + x : -1;
+        }
+        i -= tokens;
+    }
+    return -1;
+}
+
+// Which (image, query, head) a group computes, and the group's points. blocks: of an image's head.
 struct Place {
     int b, m, lane;
     bool alive;
     long long bq, row;  // row: of [B, Q, M, ...]
     Point<A> *points;
 
-    __device__ Place(int Q) {
-        const int groups = blockDim.x / LANES, group = threadIdx.x / LANES;
-        const int blocks = (Q + groups - 1) / groups, pair = blockIdx.x / blocks;
-        const int q = blockIdx.x % blocks * groups + group;
+    __device__ Place(const Levels &levels, int S, int Q, int blocks) {
+        const int group = threadIdx.x / LANES, pair = blockIdx.x / blocks;
+        int q = blockIdx.x % blocks * (blockDim.x / LANES) + group;
+        if (R == 2 && Q == S) q = tiled(levels, q);  // tokens around points, as in an encoder
         b = pair / M, m = pair % M, lane = threadIdx.x % LANES;
-        alive = q < Q, bq = (long long)b * Q + min(q, Q - 1), row = bq * M + m;
+        alive = q >= 0 && q < Q;
+        bq = (long long)b * Q + max(0, min(q, Q - 1)), row = bq * M + m;
         points = scratch + group * STRIDE;
     }
 
@@ -143,8 +158,9 @@ struct Place {
 
 extern "C" __global__ void __launch_bounds__(256)
 forward(const V *__restrict__ value, const O *__restrict__ offsets, const O *__restrict__ logits,
-        const A *__restrict__ reference, V *__restrict__ out, const Levels levels, int S, int Q) {
-    const Place at(Q);
+        const A *__restrict__ reference, V *__restrict__ out, const Levels levels, int S, int Q,
+        int blocks) {
+    const Place at(levels, S, Q, blocks);
     at.prepare(offsets, logits, reference, levels);
     value += at.first(S);
     A sum[CHUNKS][VEC] = {};
@@ -179,9 +195,9 @@ extern "C" __global__ void __launch_bounds__(256)
 backward(const V *__restrict__ value, const O *__restrict__ offsets, const O *__restrict__ logits,
          const A *__restrict__ reference, const V *__restrict__ grad_out,
          A *__restrict__ grad_value, O *__restrict__ grad_offsets, O *__restrict__ grad_logits,
-         A *__restrict__ grad_reference, const Levels levels, int S, int Q) {
+         A *__restrict__ grad_reference, const Levels levels, int S, int Q, int blocks) {
     constexpr int N = LANES < 4 ? LANES : 4;  // points whose sums travel together
-    const Place at(Q);
+    const Place at(levels, S, Q, blocks);
     at.prepare(offsets, logits, reference, levels);
     value += at.first(S), grad_value += at.first(S);
     A grad[CHUNKS][VEC];

@@ -97,8 +97,8 @@ bool call(void (*kernel)(T...), int blocks, int threads, void **a, std::index_se
     return run(blocks, threads, [=] { kernel(*(std::remove_const_t<T> *)a[I]...); });
 }
 extern "C" int run_forward(int blocks, int threads, void **a) {
-    return call(forward, blocks, threads, a, std::make_index_sequence<8>());
+    return call(forward, blocks, threads, a, std::make_index_sequence<9>());
 }
 extern "C" int run_backward(int blocks, int threads, void **a) {
-    return call(backward, blocks, threads, a, std::make_index_sequence<12>());
+    return call(backward, blocks, threads, a, std::make_index_sequence<13>());
 }

@@ -54,6 +54,7 @@ def test_msda_ways_agree_on_any_shape():
     for (B, Q, M, D, P, shapes, R), dtype in itertools.product([
             (2, 0, 8, 16, 4, tiny, 4), (3, 11, 5, 7, 3, [(1, 9), (8, 1)], 4),
             (2, 20, 8, 32, 4, [(5, 7), (3, 4), (1, 2), (1, 1)], 2), (1, 70, 1, 4, 40, tiny, 4),
+            (2, 118, 2, 8, 2, [(9, 11), (8, 1), (1, 11)], 2),  # queries are tokens
             (1, 5, 2, 264, 3, tiny, 2)], (F64, F32, F16, BF16)):
         args = flat(*inputs(B, Q, M, D, P, shapes, R, dtype))
         wide = [t.double().requires_grad_() for t in args[:4]]
