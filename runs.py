@@ -49,7 +49,10 @@ class Options:
     seed: int = option(0, "of weights, data order, augmentation and noise (default: 0)", low=0)
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:1")
     workers: int = option(2, "processes that read images (default: 2, for toy 0)", low=0)
-    amp: str = option("none", "mixed precision (fp16 scales the loss)", "none", "bf16", "fp16")
+    amp: str = option("bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+                      else "none", "mixed precision (default: bf16 where a GPU has it; fp16 scales "
+                      "the loss)", "none", "bf16", "fp16")
+    compile: bool = option(False, "torch.compile the transformer's layers")
     checkpoint_activations: bool = option(False, "recompute layers in backward, for less memory")
     save_steps: int = option(500, "save last.pth every so many steps (default: 500), or 5 minutes")
     keep_every: int = option(0, "keep a checkpoint of every so many steps as step-N.pth", low=0)
@@ -60,7 +63,7 @@ class Options:
 # May change when a run is resumed; everything else is what the run is.
 FREE = {"resume", "data", "data_root", "annotations", "device", "workers", "epochs", "steps",
         "eval_every", "lr", "lr_backbone", "micro_batch", "save_steps", "clip_norm", "keep_every",
-        "checkpoint_activations"}
+        "checkpoint_activations", "compile"}
 # What --help tells; --help all tells every field.
 USUAL = {"variant", "data", "annotations", "val_share", "preset", "out", "weights", "overfit",
          "freeze", "device", "workers", "amp", "backbone", "num_queries", "epochs", "lr",

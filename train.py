@@ -26,7 +26,7 @@ import eval as evaluation
 import matcher
 import runs
 import weights
-from model import build_model
+from model import DecoderLayer, EncoderLayer, build_model
 from variants import ConfigError
 
 
@@ -93,6 +93,9 @@ class Run:
             self.parallel = DistributedDataParallel(model)
         self.average = AveragedModel(model, use_buffers=True) if recipe.ema else None
         self.evaluated = self.average.module if self.average else model
+        for part in model.modules() if options["compile"] else ():
+            if isinstance(part, (EncoderLayer, DecoderLayer)):
+                part.compile()
         self.optimizer = torch.optim.AdamW(parameter_groups(model, recipe), fused=True)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options["amp"] == "fp16")

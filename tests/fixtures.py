@@ -32,7 +32,8 @@ TRAINED = [*{variants.variant(name, **shrunk(name)): name for name in reversed(v
 
 # Options of train.py that make a run of seconds.
 TINY_RUN = """--image-size 64 --max-size 64 --queries 10 --d-model 64 --ffn 64 --heads 4
-    --encoder-layers 1 --decoder-layers 2 --batch-size 4 --micro-batch 4 --workers 0""".split()
+    --encoder-layers 1 --decoder-layers 2 --batch-size 4 --micro-batch 4 --workers 0
+    --device cpu --amp none""".split()
 
 
 def small(name, **overrides):

@@ -6,6 +6,7 @@ import re
 import tempfile
 import unittest
 import warnings
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -38,11 +39,21 @@ def definition(value, shapes, *rest):
     return msda.msda_grid_sample(value, shapes, *msda.sampling(shapes, *rest))
 
 
+def on_gpu(name):
+    """cuda.py's forward or backward, from tensors on the CPU to such."""
+    def call(*args):
+        out = getattr(cuda, name)(*(a.cuda() if torch.is_tensor(a) else a for a in args))
+        return out.cpu() if torch.is_tensor(out) else [t.cpu() for t in out]
+    return call
+
+
 def ways():
-    """cpu.py and then, within an emulated GPU, cuda.py."""
+    """cpu.py, cuda.py on a GPU if there is one, and then, within an emulated GPU, cuda.py."""
     if msda.computer("fastest", *flat(*inputs())) is None:
         raise unittest.SkipTest("needs a C++ compiler")
     yield cpu
+    if torch.cuda.is_available():
+        yield SimpleNamespace(forward=on_gpu("forward"), backward=on_gpu("backward"))
     with emulate.gpu():
         yield cuda
 

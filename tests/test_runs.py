@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import unittest
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -191,6 +193,23 @@ def test_train_goes_on_after_what_failed_is_mended():
             log.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')
         says([*more, "--workers", "0"], 0, "done at step 8")
         assert Path(out, "log.jsonl").read_text().count('"step"') == 2  # its line, its test
+
+
+def test_train_waits_for_a_gpu_once_a_step():
+    """In the matcher; else the host would idle while the GPU catches up."""
+    if not torch.cuda.is_available():
+        raise unittest.SkipTest("needs a GPU")
+    built, criterion = small("dino").cuda(), matcher.Criterion(small("dino").cfg)
+    images, mask, targets = batch()
+    targets = [{key: value.cuda() for key, value in target.items()} for target in targets]
+    for mode in "default", "warn":  # the first step compiles and chooses kernels
+        torch.cuda.set_sync_debug_mode(mode)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            criterion(built(images.cuda(), mask.cuda(), targets), targets)[0].backward()
+    torch.cuda.set_sync_debug_mode("default")
+    waits = [str(one.message) for one in said if "synchroniz" in str(one.message)]
+    assert len(waits) <= 1, waits
 
 
 def test_train_rate_groups_and_schedule():
