@@ -52,8 +52,10 @@ class FasterRCNN(nn.Module):
         scores, labels, boxes = (
             pad_sequence([one[key] for one in found], batch_first=True, padding_value=-1)
             for key in ("scores", "labels", "boxes"))
+        query = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
         boxes = box_convert(boxes / scale[:, None], "xyxy", "cxcywh")
-        return {"sampled": [{"scores": scores, "labels": labels - 1, "boxes": boxes}]}
+        return {"sampled": [
+            {"scores": scores, "labels": labels - 1, "boxes": boxes, "query": query}]}
 
     @staticmethod
     def criterion(outputs, targets, step_counts=None):

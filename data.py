@@ -204,7 +204,7 @@ def find_annotations(root, split, given=None, share=None, held_out=(), series=""
     """
     if not os.path.isdir(root):
         raise DataError(what_is_it(Path(root)))
-    train, val, both = (None, None, given) if given and "{}" not in given else (
+    train, val, both = (None, None, given) if given and "{}" not in str(given) else (
         next((path for name in names if series in name for form in ((given,) if given else FILES)
               if os.path.isfile(path := os.path.join(root, form.format(name)))), None)
         for names in NAMES.values())

@@ -4,7 +4,6 @@ import io
 import json
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -19,8 +18,7 @@ import variants
 import weights
 from tests.fixtures import refused, run_quietly, small
 
-FOCAL = SimpleNamespace(class_loss="focal", detections=40, ensemble_nms=0.3, masks=False,
-                        reference="points")
+FOCAL = variants.deformable.but(detections=40, ensemble_nms=0.3)
 
 
 class Oracle(nn.Module):
