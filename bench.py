@@ -182,8 +182,6 @@ def work(side, what, name, size, count=1, again=False, device="cpu", half=False,
     """Detect in images, or take a training step on them (half: in bf16); returns the number of
     parameters."""
     (model, optimizer), training = built(side, name, device, **options), what == "train"
-    if training and side == "minDETR":
-        runs.keep_memory()  # as train.py does
     images, mask, targets = image_batch(size, count, recipe(name).max_size == 0, device)
     model.train(training).checkpoint_activations = again
     with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, half):

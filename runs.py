@@ -5,7 +5,6 @@ one. A run is (options, cfg, recipe): a dict of `Options`, and a row of each tab
 """
 import argparse
 import contextlib
-import ctypes
 import io
 import json
 import os
@@ -220,14 +219,6 @@ def start():
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-
-
-def keep_memory():
-    """Let glibc keep what a training step frees for the next one: to hand it back to the kernel and
-    fault it in again costs 8 to 19% of a step on a CPU."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, not from mmap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never shrinks
 
 
 def stop():

@@ -319,7 +319,6 @@ def main(argv=None):
     given, run = runs.parse(argv, __doc__), None
     try:
         runs.start()
-        runs.keep_memory()
         run = Run(*(runs.resumed if "resume" in given else runs.settle)(given))
         number = train(run)
         runs.stop()
