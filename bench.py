@@ -38,9 +38,9 @@ from torchvision.transforms import functional as TF
 
 import data
 import eval as evaluation
-import lvis
 import msda
 import runs
+import scores
 import train
 import weights
 from matcher import Criterion
@@ -267,7 +267,7 @@ def bench_score(args, images=5000, detections=300):
     if args.only == "v3det":
         truth, found, ids = like_v3det((args.size or 100) / 100)
         started, who = time.perf_counter(), (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ap = lvis.metrics(truth, found, ids)["AP"]
+        ap = scores.metrics(truth, found, ids)["AP"]
         used = [resource.getrusage(one) for one in who]
         return print(f"{len(found)} detections: {time.perf_counter() - started:.0f} s, AP {ap:.4f};"
                      f" {sum(one.ru_utime + one.ru_stime for one in used):.0f} s of a core; MB at "
@@ -281,13 +281,13 @@ def bench_score(args, images=5000, detections=300):
                   bbox=[abs(v + rng.gauss(0, 4)) for v in box["bbox"]])
              for box in rng.choices(truth["annotations"], k=images * detections)]
     started = time.perf_counter()
-    ap = evaluation.coco_metrics(truth, found, [image["id"] for image in truth["images"]])["AP"]
+    ap = scores.coco_metrics(truth, found, [image["id"] for image in truth["images"]])["AP"]
     print(f"{images} x {detections} detections: {time.perf_counter() - started:.1f} s, AP {ap:.4f}")
 
 
 def like_v3det(share, K=13_204, most=300):
     """As much as V3Det's validation set, or a share of its images: `most` detections around an
-    image's boxes, half of them with a right label, in a random tree -> what lvis.metrics takes."""
+    image's boxes, half of them with a right label, in a random tree -> what scores.metrics takes."""
     g, images, count = np.random.default_rng(0), int(29_821 * share), int(220_429 * share)
     owner, label = np.sort(g.integers(images, size=count)), g.integers(1, K + 1, count)
     boxes = np.hstack([g.uniform(0, 400, (count, 2)), g.uniform(8, 240, (count, 2))])

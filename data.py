@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_convert
 from torchvision.transforms.functional import pil_to_tensor
 
-import lvis
+from scores import LISTS
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's (R, G, B), on which the
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)  # backbones were pretrained
@@ -108,7 +108,7 @@ class Images(Dataset):
 
     def ground_truth(self):
         """COCO's file of `rows`: crowds and boxes without area count in pycocotools; with `extra`,
-        by which `lvis.metrics` scores."""
+        by which `scores.metrics` scores."""
         lists, letters, tree = self.extra
         images = [dict(id=key, width=int(w), height=int(h)) | lists.get(key, {})
                   for key, (w, h) in zip(self.image_ids, self.sizes)]
@@ -282,6 +282,17 @@ def segments(record):
             for x, y, w, h in [part["bbox"]]]
 
 
+def ancestors(file):
+    """V3Det's category tree -> {category id: the ids of which it is a kind}."""
+    tree = json.loads(Path(file).read_bytes())
+    category = {node: int(key) for key, node in tree["categoryid2treeid"].items()}
+    above = {key: [] for key in category.values()}
+    for node, kinds in tree["ancestor2descendant"].items():
+        for kind in {*kinds} & category.keys() if node in category else ():
+            above[category[kind]].append(category[node])
+    return above
+
+
 class CocoFolder(Images):
     """A folder of images whose annotations are judged when it is opened: what has one meaning is
     kept, and counted in the summary where it is unusual; the rest is a DataError.
@@ -304,7 +315,7 @@ class CocoFolder(Images):
         tree = Path(self.file).with_name("v3det_2023_v1_category_tree.json")
         self.extra = {}, {record["id"]: {"frequency": record["frequency"]} for record in coco[
             "categories"] if "frequency" in record}, (
-                {"ancestors": lvis.ancestors(tree)} if tree.exists() else {})
+                {"ancestors": ancestors(tree)} if tree.exists() else {})
         parts = NAMES[split] if not both else sorted(  # the file's own name first
             NAMES["train"] + NAMES["val"], key=lambda name: name not in os.path.basename(self.file))
         self.things = {self.label_of[record["id"]] for record in coco["categories"]
@@ -344,8 +355,8 @@ class CocoFolder(Images):
         for record in images:
             key = record.get("id") if record.get("id") and isinstance(record["id"], str) else (
                 self.whole("image", record, "id"))
-            if lvis.LISTS[0] in record:
-                self.extra[0][key] = {field: record.get(field) for field in lvis.LISTS}
+            if LISTS[0] in record:
+                self.extra[0][key] = {field: record.get(field) for field in LISTS}
             # LVIS mixes COCO's halves, and tells an image's by its address alone.
             url = "/".join(str(record.get("coco_url") or "").split("/")[-2:])
             name = str(record.get("file_name") or url)

@@ -8,14 +8,10 @@
     python eval.py --queries out/detr-toy                             where each query looks
 """
 import argparse
-import contextlib
-import io
 import json
 import os
 import sys
 from array import array
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -23,7 +19,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as rle
-from pycocotools.cocoeval import COCOeval
 from scipy.ndimage import uniform_filter1d
 from torchvision.ops import batched_nms, box_convert
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -32,15 +27,14 @@ from tqdm import tqdm
 
 import data
 import diffusion
-import lvis
 import masks
 import matcher
 import msda
 import runs
+import scores
 import variants
 import weights
 
-METRICS = "AP AP50 AP75 AP_S AP_M AP_L AR1 AR10 AR100 AR_S AR_M AR_L".split()
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 RESULTS = "predictions.json"
 SCORE = 0.3  # what is shown, if nothing else is asked for
@@ -103,46 +97,22 @@ def answer(model, images, mask, sizes, score=0, watch=None, things=None):
     return answers
 
 
-def coco_metrics(truth, detections, image_ids, table=False, kind="bbox"):
-    """pycocotools' scores of detections (its results format) against truth (as in COCO's file), on
-    these images -> dict of METRICS, 0..1; -1: nothing to find. table: print it. kind: or "segm"."""
-    categories = sorted(category["id"] for category in truth["categories"])
-    sides = [{category: [] for category in categories} for _ in range(2)]
-    for side, records in zip(sides, (truth["annotations"], detections)):
-        for record in records:
-            side[record["category_id"]].append(record)
-    jobs = categories, *(side.values() for side in sides)
-    with ProcessPoolExecutor(min(os.cpu_count(), 4)) as pool:  # starts none until it is used
-        spread = pool.map if len(detections) > 100_000 else map  # all of COCO takes minutes
-        precision, recall = zip(*spread(partial(lvis.category_curves, image_ids, kind=kind), *jobs))
-    scorer = COCOeval(iouType=kind)
-    scorer.eval = {"precision": np.concatenate(precision, 2), "recall": np.concatenate(recall, 1)}
-    with contextlib.nullcontext() if table else contextlib.redirect_stdout(io.StringIO()):
-        scorer.summarize()
-        names = {record["id"]: record.get("name", "") for record in truth["categories"]}
-        for category, curve, boxes in zip(categories, precision, sides[0].values()):
-            curve = curve[:, :, 0, 0, -1]  # all sizes, 100 detections
-            ap = f"{curve.mean():.3f}" if curve.size and curve.min() > -1 else "  -  "
-            print(f" AP {ap} of {names[category]} ({len(boxes)} boxes)")
-    return dict(zip(METRICS, scorer.stats.tolist()))
-
-
 def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True, table=False):
-    """Run the model over a data set of data.py, or its first `limit` images -> metrics, by
-    `coco_metrics` or, of LVIS's or V3Det's annotations, by `lvis.metrics`, the detections as rows
-    [D,7], as the latter takes them, and their masks. Processes share the images; all get it."""
+    """Run the model over a data set of data.py, or its first `limit` images -> its scores, by
+    `scores.metrics` and, on panoptic maps, `panoptic_quality`; the detections as rows [D,7], as
+    scores.py has them; and their masks, a list. Processes share the images; all get all of it."""
     image_ids, counts, drawn = list(dataset.image_ids)[:limit], [], []
     things = dataset.things if dataset.pngs else None
     mine = range(runs.rank(), len(image_ids), runs.world())
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    found, indices = array("d"), iter(mine)  # of V3Det 9 million, which as dicts take 4 GB
+    found, indices = array("d"), iter(mine)
     loader = data.loader(dataset, batches, workers, next(model.parameters()).device)
     show = progress and runs.rank() == 0
     for images, mask, targets in runs.progress(loader, "evaluating", len(batches), show):
         sizes = torch.stack([target["orig_size"] for target in targets])
         for one, i in zip(answer(model, images, mask, sizes, things=things), indices):
             if "panoptic" in one:
-                counts.append(masks.panoptic_counts(*dataset.panoptic(i), *one.pop("panoptic")))
+                counts.append(scores.panoptic_counts(*dataset.panoptic(i), *one.pop("panoptic")))
             for sure, label, (x0, y0, x1, y1), *mask_of in zip(*one.values()):
                 # A head may have labels without a category in this data (11 of COCO's 91).
                 if (key := dataset.category_ids[label]) in dataset.label_of:
@@ -150,26 +120,11 @@ def evaluate(model, dataset, batch_size=4, workers=0, limit=None, progress=True,
                     drawn += mask_of
     found = np.concatenate([np.reshape(share, (-1, 7)) for share in runs.gather(found)])
     drawn, counts = (sum(runs.gather(part), []) for part in (drawn, counts))
-    truth, metrics = dataset.ground_truth(), None
-    if runs.rank() == 0 and ("ancestors" in truth or lvis.LISTS[0] in truth["images"][0]):
-        metrics = lvis.metrics(truth, found, image_ids, table)
-    elif runs.rank() == 0:
-        results = [*records(found, image_ids, drawn)]
-        metrics = coco_metrics(truth, results, image_ids, table)
-        if "segmentation" in truth["annotations"][0]:
-            metrics |= {f"segm_{name}": value for name, value in coco_metrics(
-                truth, results, image_ids, table, "segm").items()}
-        if counts:
-            metrics |= (quality := masks.panoptic_quality(counts, dataset.things))
-            print(*(f"{k} {v:.3f}" for k, v in quality.items()), sep=", ") if table else None
-    return runs.gather(metrics)[0], found, *([drawn] if drawn else [])
-
-
-def records(found, image_ids, drawn=()):
-    """Rows of `evaluate`, and their masks -> pycocotools' results, one after another."""
-    for n, (i, key, sure, *box) in enumerate(map(np.ndarray.tolist, found)):
-        yield {"image_id": image_ids[int(i)], "category_id": int(key), "bbox": box,
-               "score": sure} | ({"segmentation": drawn[n]} if drawn else {})
+    metrics = None
+    if runs.rank() == 0:
+        metrics = scores.metrics(dataset.ground_truth(), found, image_ids, drawn, table)
+        metrics |= scores.panoptic_quality(counts, dataset.things, table) if counts else {}
+    return runs.gather(metrics)[0], found, drawn
 
 
 # ============================================================= images with boxes drawn, and curves
@@ -378,7 +333,7 @@ def plot(charts, out):
 
 def plot_curves(log, out):
     """Draw a run's log.jsonl: losses and COCO AP over steps -> an image file."""
-    charts = {"training loss": ("loss", "loss_class", "loss_bbox", "loss_giou"), "AP": METRICS[:2]}
+    charts = {"training loss": ("loss", "loss_class", "loss_bbox", "loss_giou"), "AP": ("AP", "AP50")}
     series = read_log(log)
     plot({title: {key: series(key) for key in keys} for title, keys in charts.items()}, out)
 
@@ -555,10 +510,10 @@ def run(argv):
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"
     out.parent.mkdir(parents=True, exist_ok=True)  # before the long run, not after it
-    _, found, *drawn = evaluate(model, dataset, args.batch_size, args.workers, args.limit,
+    _, found, drawn = evaluate(model, dataset, args.batch_size, args.workers, args.limit,
                                 table=True)
     if runs.rank() == 0:
-        lines = map(json.dumps, records(found, dataset.image_ids, *drawn))
+        lines = map(json.dumps, scores.records(found, dataset.image_ids, drawn))
         out.write_text("[" + ",\n".join(lines) + "]")
         count = len(dataset.image_ids[:args.limit])
         picture_grid(model, dataset, out.with_suffix(".png"), range(min(8, count)), args.score)

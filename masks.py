@@ -2,11 +2,10 @@
 
 A query's attention to the memory says roughly where its object is; convolutions that read ever
 finer maps of the backbone sharpen that to stride 4 (Carion 2020, section 4.4). `instance_masks` are
-the answer for things; `merge` makes one panoptic map of things and stuff (grass, sky), which
-panoptic quality scores (Kirillov 2019). Shapes: B images, Q queries, K masks, h x w cells.
+the answer for things; `merge` makes one panoptic map of things and stuff (grass, sky; Kirillov
+2019), which scores.py judges. Shapes: B images, Q queries, K masks, h x w cells.
 """
 import math
-from collections import Counter
 
 import numpy as np
 import torch
@@ -109,44 +108,3 @@ def merge(labels, logits, own, size, things):
         labels, logits = [x for x, k in zip(labels, kept) if k], logits[torch.from_numpy(kept)]
         to = range(len(labels))  # joined once, as published: the joined have no area left
     return np.zeros(size, np.int32), {}
-
-
-# ============================================================================ panoptic quality
-
-def panoptic_counts(truth, true, found, segments):
-    """An image's part of panoptic quality -> {label: [sum of matches' IoU, matches, false alarms,
-    misses]}. Segments of one label match at an IoU above 0.5: each has one match at most.
-
-    truth, found: maps [H, W]; true {number: (label, is it a crowd)}, other numbers are void;
-    segments {number: label}. As in panopticapi, void is in no union, crowds need not be found, and
-    what lies in void and its label's (last) crowd by more than half is no false alarm.
-    """
-    labels = {label for label, _ in true.values()} | {*segments.values()}
-    counts, matched = {label: np.zeros(4) for label in labels}, set()
-    truth, base = np.where(np.isin(truth, [*true]), truth, 0).astype(np.int64), found.max() + 1
-    true_area, area, both = (Counter(dict(zip(*map(np.ndarray.tolist, np.unique(
-        x, return_counts=True))))) for x in (truth, found, truth * base + found))
-    for pair, n in both.items():
-        t, f = divmod(pair, int(base))
-        if t and f in segments and true[t] == (segments[f], 0):
-            if (iou := n / (true_area[t] + area[f] - n - both[f])) > 0.5:  # both[f]: with void
-                counts[segments[f]] += (iou, 1, 0, 0)
-                matched |= {(t, 0), (0, f)}
-    crowds = {label: t for t, (label, crowd) in true.items() if crowd}
-    for t, (label, crowd) in true.items():
-        counts[label][3] += not crowd and (t, 0) not in matched
-    for f, label in segments.items():
-        ignored = both[f] + (both[crowds[label] * base + f] if label in crowds else 0)
-        counts[label][2] += (0, f) not in matched and ignored <= area[f] / 2
-    return counts
-
-
-def panoptic_quality(counts, things):
-    """PQ = sum of IoU / (TP + FP / 2 + FN / 2), the mean over labels that occur: all, things, stuff
-    (-1: none). counts: of images, a list."""
-    sums = {label: sum(image[label] for image in counts if label in image)
-            for label in {label for image in counts for label in image}}
-    each = {label: iou / (hit + (false + missed) / 2)
-            for label, (iou, hit, false, missed) in sums.items() if hit + false + missed}
-    groups = dict(PQ=each, PQ_things={*each} & {*things}, PQ_stuff={*each} - {*things})
-    return {name: sum(map(each.get, of)) / len(of) if of else -1.0 for name, of in groups.items()}

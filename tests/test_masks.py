@@ -18,26 +18,6 @@ import weights
 from tests.fixtures import TINY_RUN, coco_folder, refused, run_quietly, small
 
 
-def test_masks_panoptic_quality_is_that_of_cases_by_hand():
-    """On a row of 12 pixels; true ids 5 to 9, 0 is void; labels 1 and 2 are things, 3 is stuff."""
-    truth = np.array([[5, 5, 5, 5, 6, 6, 6, 0, 0, 9, 9, 9]])
-    true = {5: (1, 0), 6: (2, 0), 9: (3, 1)}  # 9 is a crowd, which nobody must find
-    for found, segments, *wanted in [  # IoU, matches, false alarms, misses
-            ([0, 0, 0, 1, 1, 1, 1, 2, 2, 3, 3, 3], {0: 1, 1: 2, 2: 1, 3: 3},
-             (3 / 4, 1, 0, 0), (3 / 4, 1, 0, 0)),  # void excuses 2, its label's crowd 3
-            ([0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2], {0: 1, 1: 1, 2: 2},
-             (0, 0, 2, 1), (0, 0, 1, 1)),  # halves are no match; only void leaves 2's union
-            ([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2], {0: 2, 1: 2, 2: 1},
-             (0, 0, 1, 1), (1, 1, 1, 0))]:  # 0: the right place, the wrong label
-        counts = masks.panoptic_counts(truth, true, np.array([found]), segments)
-        for label, want in zip((1, 2, 3), (*wanted, (0, 0, 0, 0))):
-            assert np.allclose(counts[label], want), (found, label, counts[label])
-    counts = [{1: np.array([1.5, 2, 1, 0]), 3: np.array([0.8, 1, 0, 0])},
-              {1: np.array([0, 0, 0, 1])}]
-    quality = masks.panoptic_quality(counts, {1, 2})
-    assert quality == dict(PQ=(0.5 + 0.8) / 2, PQ_things=0.5, PQ_stuff=0.8)
-
-
 def test_masks_of_a_batch_are_those_of_each_image_alone():
     """Of 34x50 and 45x27 pixels, padded to 45x50; labels 0, 1: things, 7: stuff, joined."""
     logits = torch.randn(2, 5, 12, 13, generator=torch.Generator().manual_seed(0))
