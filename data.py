@@ -1,4 +1,4 @@
-"""Images and boxes: folders in COCO's layout, toy shapes that need no download, batches.
+"""Images, boxes and masks: folders in COCO's layout, toy shapes that need no download, batches.
 
 Boxes in pixels (xyxy) stay inside this file; what leaves it is cx, cy, w, h in [0, 1] of the
 un-padded image. All randomness comes from a seed that travels with a sample's index: a run repeats
@@ -66,9 +66,8 @@ def normalised(image, out=None):
 class Images(Dataset):
     """What the data sets share. Subclasses provide `image_ids`, `sizes`, `transform`, `rows` and
     read(i) -> (PIL image, boxes float32 [n,4] xyxy in pixels, labels int64 [n])."""
-    extra = {}, {}, {}  # LVIS's fields of an image, of a category; V3Det's of the whole file
-
-    outlines, pngs = None, None  # of all `rows`, where masks are asked for; panoptic maps' files
+    outlines, pngs = None, {}  # of all `rows`, where masks are asked for; panoptic maps' files
+    lists, tree = {}, {}  # LVIS's fields of images, {id: {field: ids}}; V3Det's "ancestors"
 
     def __len__(self):
         return len(self.image_ids)
@@ -92,7 +91,7 @@ class Images(Dataset):
 
     def name_labels(self, categories, known, file):
         """COCO's categories, and `known` ones {id: name} if they count the labels -> category_ids
-        and classes [C] by label, label_of {id: label}, which has the ids in the file."""
+        and classes [C] by label; label_of {id: label} and categories {id: record} of the file."""
         names = {}
         for record in categories:  # on one line, without halves of surrogate pairs
             name = re.sub(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+", " ", str(record.get("name")))
@@ -105,12 +104,12 @@ class Images(Dataset):
                                 "in the training images or checkpoint: use the same categories")
         self.category_ids, self.classes = [*labels], [*labels.values()]
         self.label_of = {key: label for label, key in enumerate(labels) if key in names}
+        self.categories = {record["id"]: record for record in categories}
 
     def ground_truth(self):
-        """COCO's file of `rows`: crowds and boxes without area count in pycocotools; with `extra`,
-        by which `scores.metrics` scores."""
-        lists, letters, tree = self.extra
-        images = [dict(id=key, width=int(w), height=int(h)) | lists.get(key, {})
+        """COCO's file of `rows`, as crowds and boxes without area count too; with what LVIS's and
+        V3Det's rules need."""
+        images = [dict(id=key, width=int(w), height=int(h)) | self.lists.get(key, {})
                   for key, (w, h) in zip(self.image_ids, self.sizes)]
         boxes = [dict(id=n, image_id=self.image_ids[int(i)], bbox=box, iscrowd=int(crowd),
                       area=area, category_id=self.category_ids[int(label)])
@@ -119,8 +118,8 @@ class Images(Dataset):
             for box, (i, *_), counts in zip(boxes, self.rows(), self.outlines):
                 box["segmentation"] = dict(size=self.sizes[int(i)][::-1].tolist(), counts=counts)
         return dict(info={}, images=images, annotations=boxes, categories=[
-            dict(id=key, name=self.classes[label]) | letters.get(key, {})
-            for key, label in self.label_of.items()]) | tree
+            self.categories[key] | dict(name=self.classes[label])
+            for key, label in self.label_of.items()]) | self.tree
 
 
 def resized(w, h, size, max_size=None):
@@ -189,23 +188,24 @@ eval_transform = partial(train_transform, flip=False, crop=False, exact=True)  #
 
 # ================================================================== folders of people's own boxes
 
-PUBLISHED = "coco", "lvis", "v3det"  # words that --data knows
-NAMES = {"train": ("train2017", "train", "Train", "lvis_v1_train", "v3det_2023_v1_train"),
-         "val": ("val2017", "val", "valid", "validation", "Validation", "lvis_v1_val",
-                 "v3det_2023_v1_val"),
+# Words that --data knows, and what their annotation files are called.
+PUBLISHED = {"coco": None, "lvis": "lvis_v1_{}.json", "v3det": "v3det_2023_v1_{}.json"}
+NAMES = {"train": ("train2017", "train", "Train"),
+         "val": ("val2017", "val", "valid", "validation", "Validation"),
          "both": ("default", "result", ".", "annotations")}  # CVAT's, Label Studio's, ...
 FILES = ("annotations/instances_{}.json", "{}/_annotations.coco.json", "annotations/{}.json",
-         "{}.json", "annotations/panoptic_{}.json")  # COCO's and CVAT's, Roboflow's, ...
+         "{}.json", "annotations/panoptic_{}.json",  # COCO's and CVAT's, Roboflow's, ...
+         *(up + form for form in PUBLISHED.values() if form for up in ("annotations/", "")))
 
 
-def find_annotations(root, split, given=None, share=None, held_out=(), series=""):
-    """The annotation file of a split below root (series: a part of its name, where COCO's and
-    LVIS's share a folder), and whether it is to be cut into both. given: it, or a form as in FILES.
-    """
+def find_annotations(root, split, given=None, share=None, held_out=()):
+    """The annotation file of a split below root, and whether it is to be cut into both. given: it,
+    or a form as in FILES."""
     if not os.path.isdir(root):
         raise DataError(what_is_it(Path(root)))
+    forms = (given, f"annotations/{given}") if given else FILES
     train, val, both = (None, None, given) if given and "{}" not in str(given) else (
-        next((path for name in names if series in name for form in ((given,) if given else FILES)
+        next((path for name in names for form in forms
               if os.path.isfile(path := os.path.join(root, form.format(name)))), None)
         for names in NAMES.values())
     if val and share:
@@ -253,13 +253,12 @@ def _load_json(file, outlines):
     try:
         coco = json.loads(Path(file).read_bytes(), object_pairs_hook=None if outlines else (
             lambda pairs: {k: v for k, v in pairs if k != "segmentation"}))  # they take gigabytes
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: is not UTF-8. Save it as UTF-8 in an editor.") from None
     except (ValueError, OSError) as error:
-        raise DataError(f"{file}: cannot be read as JSON ({error}). Write it again.") from None
+        raise DataError(f"{file}: cannot be read as JSON in UTF-8 ({error}). Write it again, or "
+                        "save it as UTF-8 in an editor.") from None
     for key in ("images", "annotations", "categories"):
-        if not isinstance(coco, dict) or not coco.get(key) or not isinstance(coco[key], list) or (
-                not all(isinstance(record, dict) for record in coco[key])):
+        found = coco.get(key) if isinstance(coco, dict) else None
+        if not (found and isinstance(found, list) and all(isinstance(x, dict) for x in found)):
             raise DataError(f"{file}: '{key}' is no list of records, or empty. Export it in COCO's "
                             "format: https://cocodataset.org/#format-data.")
     return coco
@@ -302,9 +301,9 @@ class CocoFolder(Images):
     [C], things (labels), pngs {image id: file of its panoptic map}, summary (a line)."""
 
     def __init__(self, root, split="train", transform=None, known=None, annotations=None,
-                 share=None, seed=0, held_out=(), series="", masks=False):
+                 share=None, seed=0, held_out=(), masks=False):
         self.root, self.transform, self.notes = os.path.abspath(root), transform, Counter()
-        self.file, both = find_annotations(root, split, annotations, share, held_out, series)
+        self.file, both = find_annotations(root, split, annotations, share, held_out)
         coco = _load_json(self.file, masks)
         if "segments_info" in coco["annotations"][0]:
             self.pngs = {a["image_id"]: a["file_name"] for a in coco["annotations"]}
@@ -313,13 +312,11 @@ class CocoFolder(Images):
             record["id"] = self.whole("category", record, "id")
         self.name_labels(coco["categories"], known, self.file)
         tree = Path(self.file).with_name("v3det_2023_v1_category_tree.json")
-        self.extra = {}, {record["id"]: {"frequency": record["frequency"]} for record in coco[
-            "categories"] if "frequency" in record}, (
-                {"ancestors": ancestors(tree)} if tree.exists() else {})
+        self.tree = {"ancestors": ancestors(tree)} if tree.exists() else {}
         parts = NAMES[split] if not both else sorted(  # the file's own name first
             NAMES["train"] + NAMES["val"], key=lambda name: name not in os.path.basename(self.file))
-        self.things = {self.label_of[record["id"]] for record in coco["categories"]
-                       if record.get("isthing", 1)}
+        self.things = {label for key, label in self.label_of.items()
+                       if self.categories[key].get("isthing", 1)}
         self.find_images(coco["images"], parts)
         self.judge(coco["annotations"])
         if masks:  # as an array of text: see `judge`
@@ -346,7 +343,7 @@ class CocoFolder(Images):
 
     def find_images(self, images, parts):
         """COCO's list of images -> image_ids [N], names [N] (paths below root), sizes [N,2]."""
-        paths, sizes, root = {}, {}, os.path.join(self.root, "")
+        paths, sizes, self.lists, root = {}, {}, {}, os.path.join(self.root, "")
         folders = [os.path.dirname(os.path.abspath(self.file))] + [
             os.path.join(self.root, up, part) for part in (*parts, "default", "")
             for up in ("", "images")]
@@ -356,7 +353,7 @@ class CocoFolder(Images):
             key = record.get("id") if record.get("id") and isinstance(record["id"], str) else (
                 self.whole("image", record, "id"))
             if LISTS[0] in record:
-                self.extra[0][key] = {field: record.get(field) for field in LISTS}
+                self.lists[key] = {field: record.get(field) for field in LISTS}
             # LVIS mixes COCO's halves, and tells an image's by its address alone.
             url = "/".join(str(record.get("coco_url") or "").split("/")[-2:])
             name = str(record.get("file_name") or url)
@@ -595,7 +592,7 @@ def open_data(data, data_root=None, split="train", transform=None, known=None, i
         count, seed = (2000, 0) if split == "train" else (200, 1)  # other seed, other pictures
         return ToyShapes(toy_count or count, image_size, seed, transform, known)
     if data in PUBLISHED:
-        where["series"] = data if data != "coco" else ""
+        where["annotations"] = where.get("annotations") or PUBLISHED[data]
         data = data_root or os.environ.get(f"{data.upper()}_ROOT") or os.path.join("data", data)
     return CocoFolder(data, split, transform, known, masks=masks, **where)
 
