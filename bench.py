@@ -287,7 +287,7 @@ def bench_score(args, images=5000, detections=300):
 
 def like_v3det(share, K=13_204, most=300):
     """As much as V3Det's validation set, or a share of its images: `most` detections around an
-    image's boxes, half of them with a right label, in a random tree -> what scores.metrics takes."""
+    image's boxes, half of them with a right label, in a random tree -> `scores.metrics`' input."""
     g, images, count = np.random.default_rng(0), int(29_821 * share), int(220_429 * share)
     owner, label = np.sort(g.integers(images, size=count)), g.integers(1, K + 1, count)
     boxes = np.hstack([g.uniform(0, 400, (count, 2)), g.uniform(8, 240, (count, 2))])

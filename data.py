@@ -84,7 +84,8 @@ class Images(Dataset):
         if self.transform:
             image, boxes, labels, *masks = self.transform(
                 image, boxes, labels, random.Random(seed), *masks)
-        target |= {"masks": one for one in masks}
+        if masks:
+            target["masks"] = masks[0]
         boxes = box_convert(torch.from_numpy(boxes), "xyxy", "cxcywh")
         target |= dict(boxes=boxes / torch.tensor(image.size * 2), labels=torch.from_numpy(labels))
         return pil_to_tensor(image), target | dict(size=torch.tensor(image.size[::-1]))

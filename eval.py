@@ -155,6 +155,13 @@ class Finder:
             found += answer(self.model, pixels, mask, sizes, score, watch)
         return [one | {"names": [self.meta["classes"][c] for c in one["labels"]]} for one in found]
 
+    def open(self, name, root=None, split="val", annotations=None):
+        """The data set of that name, for this model and by its labels: `data.open_data`."""
+        labels = dict(zip(self.meta["category_ids"], self.meta["classes"]))
+        return data.open_data(
+            name, root, split, self.transform, labels, self.size, annotations=annotations,
+            held_out=self.meta["held_out"], masks=self.model.cfg.masks)
+
 
 def load(weights_file, device=None, image_size=None, **changes):
     """A detector from anybody's checkpoint: load("best.pth")("a.jpg"). changes: Config's fields."""
@@ -204,15 +211,16 @@ def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4)
         found = finder([image for _, image in batch], score, size, steps.append)
         for (result, image), one in zip(batch, found):
             result["detections"] = [
-                {"label": classes[c], "category_id": ids[c], "score": s,
-                 "bbox": [x0, y0, x1 - x0, y1 - y0]} | {"segmentation": drawn for drawn in shape}
-                for s, c, (x0, y0, x1, y1), *shape in zip(*(one[key] for key in (
-                    "scores", "labels", "boxes", "masks") if key in one))]
+                {"label": classes[c], "category_id": ids[c], "score": sure,
+                 "bbox": [x0, y0, x1 - x0, y1 - y0]}
+                for sure, c, (x0, y0, x1, y1) in zip(one["scores"], one["labels"], one["boxes"])]
+            for detection, mask in zip(result["detections"], one.get("masks", ())):
+                detection["segmentation"] = mask
             name = Path(result["file"]).stem
             while (picture := folder / f"{name}.jpg").exists():  # a/1.jpg and b/1.jpg
                 name += "-2"
             result["picture"] = str(picture)
-            drawn = draw(paint(image, one), classes, one["boxes"], one["labels"], one["scores"])
+            drawn = draw(image, classes, one)
             drawn.save(picture, quality=92)
             if trajectory:
                 steps[-1]["keep"] = steps[-1]["logits"].amax(-1).sigmoid() >= score
@@ -225,43 +233,38 @@ def predict(finder, images, folder, score=SCORE, trajectory=False, batch_size=4)
 
 def picture_grid(model, dataset, path, chosen, score=SCORE):
     """Write one sheet: the images of these indices, truth beside predictions."""
-    panels, classes = [], dataset.classes
+    panels = []
     for i in chosen:
         (image, target), (pixels, mask, _) = dataset[i], data.collate([dataset[i]])
         image = to_pil_image(image)
         image.thumbnail((640, 640))
         truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.size * 2)
+        truth = {"boxes": truth.tolist(), "labels": target["labels"].tolist()}
         (found,) = answer(model, pixels, mask, torch.tensor([image.size[::-1]]), score)
-        truth, labels = truth.tolist(), target["labels"].tolist()
-        panels += [("ground truth", draw(image, classes, truth, labels)),
-                   (f"score {score:g} or more", draw(image, classes, found["boxes"],
-                                                     found["labels"], found["scores"]))]
+        panels += [("ground truth", draw(image, dataset.classes, truth)),
+                   (f"score {score:g} or more", draw(image, dataset.classes, found))]
     sheet(panels, 4).save(path)
 
 
-def paint(image, found):
-    """The PIL image with its masks in their labels' colours, where there are some."""
-    if not found.get("masks"):
-        return image
-    shapes = torch.from_numpy(rle.decode(found["masks"])).permute(2, 0, 1).bool()
-    colours = [COLOURS[label % 1000] for label in found["labels"]]
-    return to_pil_image(draw_segmentation_masks(
-        pil_to_tensor(image.convert("RGB")), shapes, alpha=0.5, colors=colours))
-
-
-def draw(image, classes, boxes, labels, scores=()):
-    """A copy of a PIL image, enlarged if small, with boxes [K, 4] (xyxy in pixels, best first) and
-    names, of which those in the way of better ones are smaller or absent."""
-    zoom = max(1, round(480 / max(image.size)))
-    image = ImageOps.scale(image.convert("RGB"), zoom)
-    (width, height), longest, pen = image.size, max(image.size), ImageDraw.Draw(image)
-    boxes = [np.clip(np.multiply(box, zoom), 0, (width - 1, height - 1) * 2) for box in boxes]
+def draw(image, classes, found):
+    """A copy of a PIL image, enlarged if small, with what is in it: a dict of boxes [K, 4] (xyxy in
+    pixels, best first), labels and, where there are some, scores and masks (RLE). Names in the way
+    of better ones are smaller or absent."""
+    image, labels, sure = image.convert("RGB"), found["labels"], found.get("scores")
     colours = [COLOURS[label % 1000] for label in labels]
+    if found.get("masks"):
+        shapes = torch.from_numpy(rle.decode(found["masks"])).permute(2, 0, 1).bool()
+        image = to_pil_image(draw_segmentation_masks(pil_to_tensor(image), shapes, 0.5, colours))
+    zoom = max(1, round(480 / max(image.size)))
+    image = ImageOps.scale(image, zoom)
+    (width, height), longest, pen = image.size, max(image.size), ImageDraw.Draw(image)
+    boxes = [np.clip(np.multiply(box, zoom), 0, (width - 1, height - 1) * 2)
+             for box in found["boxes"]]
     for box, colour in zip(boxes, colours):
         pen.rectangle([*box], outline=colour, width=max(3, longest // 250))
     texts = []  # their places: x0, y0, x1, y1
     for n, (x0, y0, _, _) in enumerate(boxes):
-        text = classes[labels[n]][:40] + (f" {scores[n]:.2f}" if n < len(scores) else "")
+        text = classes[labels[n]][:40] + (f" {sure[n]:.2f}" if sure else "")
         for share in (1, 0.7):
             font = ImageFont.load_default(share * max(13, longest / 45))
             w, h = pen.textlength(text, font) + 6, font.size * 1.3
@@ -333,9 +336,9 @@ def plot(charts, out):
 
 def plot_curves(log, out):
     """Draw a run's log.jsonl: losses and COCO AP over steps -> an image file."""
-    charts = {"training loss": ("loss", "loss_class", "loss_bbox", "loss_giou"), "AP": ("AP", "AP50")}
-    series = read_log(log)
-    plot({title: {key: series(key) for key in keys} for title, keys in charts.items()}, out)
+    series, losses = read_log(log), ("loss", "loss_class", "loss_bbox", "loss_giou")
+    plot({"training loss": {key: series(key) for key in losses},
+          "AP": {key: series(key) for key in ("AP", "AP50")}}, out)
 
 
 def compare_runs(folders, out):
@@ -387,12 +390,9 @@ def draw_queries(folders, out, batch_size=4, workers=0, limit=None, device=None)
         finder = load(Path(folder) / "best.pth", device)
         if finder.model.cfg.detector != "detr":
             raise variants.ConfigError(f"--queries {folder}: faster_rcnn has none")
-        chosen, meta = json.loads((Path(folder) / "run.json").read_text())["run"], finder.meta
-        split, count = ("train", chosen["overfit"]) if chosen["overfit"] else ("val", limit)
-        dataset = data.open_data(
-            chosen["data"], chosen["data_root"], split, finder.transform,
-            dict(zip(meta["category_ids"], meta["classes"])), finder.size,
-            annotations=chosen.get("annotations"), held_out=meta["held_out"])
+        run = json.loads((Path(folder) / "run.json").read_text())["run"]
+        split, count = ("train", run["overfit"]) if run["overfit"] else ("val", limit)
+        dataset = finder.open(run["data"], run["data_root"], split, run.get("annotations"))
         centres, near = query_habits(finder.model, dataset, batch_size, workers, count)
         x, y = centres.mean(0).T
         strays = (centres - centres.mean(0)).norm(dim=-1).mean(0)
@@ -484,13 +484,13 @@ def run(argv):
         return 0
     sampling = {k: v for k in variants.SAMPLING if (v := getattr(args, k)) is not None}
     finder = load(args.weights, args.device, args.image_size, **sampling)
-    model, meta = finder.model, finder.meta
-    if (args.trajectory or sampling) and model.cfg.reference != "noise":
-        raise variants.ConfigError("--trajectory and the sampler's options: for diffusion models")
-    if why := variants.idle(sampling, model.cfg):
-        raise variants.ConfigError(why)
+    model, why = finder.model, variants.idle(sampling, finder.model.cfg)
+    if args.trajectory and model.cfg.reference != "noise":
+        why = "--trajectory is for diffusion models: omit it"
     if args.export and model.cfg.detector != "detr":
-        raise variants.ConfigError("--export: for the DETR family, not for faster_rcnn")
+        why = "--export is for the DETR family, not for faster_rcnn"
+    if why:
+        raise variants.ConfigError(why)
     if args.export:
         export(model, finder.size, args.export)
         print(f"images of {finder.size} x {finder.size} pixels: {args.export}")
@@ -500,12 +500,9 @@ def run(argv):
         results = predict(finder, args.images, Path(out), args.score, args.trajectory,
                           args.batch_size)
         failed = sum("error" in result for result in results)
-        print(f"{len(results) - failed} of {len(results)} photos: {out}")
+        print(f"{len(results) - failed} of {len(results)} images: {out}")
         return int(failed > 0 or not results)
-    labels = dict(zip(meta["category_ids"], meta["classes"]))
-    dataset = data.open_data(
-        args.data, args.data_root, "val", finder.transform, labels, finder.size,
-        annotations=args.annotations, held_out=meta["held_out"], masks=model.cfg.masks)
+    dataset = finder.open(args.data, args.data_root, annotations=args.annotations)
     out = args.out or args.weights.parent
     if out.suffix != ".json":
         out /= f"results-{args.limit}.json" if args.limit else "results.json"
