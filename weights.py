@@ -42,9 +42,6 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"^memory_trans_norm\.", "enc_output_norm."),
     (r"^query_embedding\.", "tgt_embed."),
     (r"^dn_query_generator\.label_embedding\.", "label_enc."),
-    (r"\.self_attn\.attn\.", ".self_attn."),
-    (r"\.ffn\.layers\.0\.0\.", ".linear1."),
-    (r"\.ffn\.layers\.1\.", ".linear2."),
     # detectron2's and detrex's names (DiffuDINO) to those of torchvision and the original projects
     (r"^backbone\.stem\.", "backbone."),
     (r"^backbone\.res(\d)\.", lambda m: f"backbone.layer{int(m[1]) - 1}."),
@@ -53,10 +50,10 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.conv(\d)\.norm\.", r".bn\1."),
     (r"^neck\.convs\.(\d)\.", r"input_proj.\1."),
     (r"\.level_embeds$", ".level_embed"),
-    (r"\.attentions\.0(\.attn)?\.", ".self_attn."),
+    (r"\.(self_attn|attentions\.0)\.(attn\.)?", ".self_attn."),  # and mmdetection's
     (r"\.attentions\.1\.", ".cross_attn."),
-    (r"\.ffns\.0\.layers\.0\.0\.", ".linear1."),
-    (r"\.ffns\.0\.layers\.1\.", ".linear2."),
+    (r"\.ffns?(\.0)?\.layers\.0\.0\.", ".linear1."),
+    (r"\.ffns?(\.0)?\.layers\.1\.", ".linear2."),
     (r"\.norms\.(\d)\.", lambda m: f".norm{1 + int(m[1])}."),
     (r"\.time_step_embeds\.(\d)\.emb_layers\.", r".time.\1."),
     # LW-DETR's and RF-DETR's
@@ -117,8 +114,6 @@ SIGNS = [(tuple(names.split()), variant) for names, variant in [
     ("reference_points.weight", "deformable_single"),
     ("input_proj.0.weight", "detr detr_dc5 detr_panoptic detr_panoptic_dc5"),
 ]]
-# Parts of published names of the family's members that have no variant here yet.
-FOREIGN = re.compile(r"segmentation_head|patterns")
 # COCO's stuff, by its ids.
 STUFF = """92 banner 93 blanket 95 bridge 100 cardboard 107 counter 109 curtain 112 door-stuff
     118 floor-wood 119 flower 122 fruit 125 gravel 128 house 130 light 133 mirror-stuff 138 net
@@ -243,10 +238,9 @@ def detect(state, name=""):
     shape = {own: tuple(state[key].shape) for key, own in own_names(state).items()}
     variant = next((variant for names, variant in SIGNS if all(
         (n.strip("-") in shape) != n.startswith("-") for n in names)), None)
-    foreign = [key for key in state if FOREIGN.search(key)]
-    if foreign or variant is None:
+    if variant is None:
         raise WeightsError(f"{name or 'the state dict'}: not one of {', '.join(variants.VARIANTS)}:"
-                           f" it has {', '.join((foreign or [*state])[:3])}")
+                           f" it has {', '.join([*state][:3])}")
 
     def size(*names, side=0):
         return next((shape[n][side] for n in names if n in shape), None)
@@ -390,12 +384,10 @@ def load_backbone(model, which):
     if which != "default":
         checkpoint, label = opened(which)
         state = state_of(checkpoint, label)
-    elif model.cfg.backbone in variants.VITS:
-        raise WeightsError("torchvision has no weights of this ViT: start from a published detector"
-                           " (--weights PATH), or from nothing (--backbone-weights none)")
-    elif model.cfg.backbone == "swin_l":
-        raise WeightsError("torchvision has no weights of swin_l: give --backbone-weights PATH "
-                           "(swin_large_patch4_window12_384_22k.pth of Microsoft's Swin)")
+    elif model.cfg.backbone in ("swin_l", *variants.VITS):
+        raise WeightsError(f"torchvision has no weights of {model.cfg.backbone}: start from a "
+                           "published detector (--weights PATH), the file that README.md names "
+                           "(--backbone-weights PATH), or nothing (--backbone-weights none)")
     else:
         weights = get_model_weights(model.cfg.backbone)["IMAGENET1K_V1"]
         label = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
