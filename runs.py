@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import variants
+from data import PUBLISHED
 from variants import Config, ConfigError, Recipe, option
 from weights import WeightsError, read_checkpoint, read_meta
 
@@ -130,23 +131,22 @@ def settle(given):
     else:
         row, recipe = variants.variant(options["variant"]), variants.recipe(options["variant"])
         if options["preset"] == "auto":
-            large = options["data"] in ("coco", *variants.LARGE)
-            options["preset"] = "published" if large else "small"
+            options["preset"] = "published" if options["data"] in PUBLISHED else "small"
         if options["preset"] == "small":
             changes, squares = variants.small(row.but(**in_cfg)), not recipe.max_size
             recipe = recipe.but(**variants.TOY_RECIPE if toy else variants.SMALL_RECIPE)
             recipe = recipe.but(max_size=0) if squares else recipe
         if in_recipe.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"  # frozen random statistics learn nothing
-    if (large := options["data"]) in variants.LARGE:
+    if options["data"] in variants.LARGE:
         changes["detections"] = max(300, row.detections)  # as many count there
         if options["recipe"] == "auto" and options["preset"] == "published":
-            options["recipe"] = large
-    if (large := options["recipe"]) != "auto":
-        recipe = recipe.but(**variants.LARGE[large] | ({"steps": 0} if "epochs" in given else {}))
+            options["recipe"] = options["data"]
+    if options["recipe"] != "auto":
+        recipe = recipe.but(**variants.LARGE[options["recipe"]])
+        recipe = recipe.but(steps=0) if "epochs" in given else recipe
         if options["variant"].startswith("diffu_dino"):
-            backbone = in_cfg.get("backbone", row.backbone)
-            changes |= variants.LARGE_DIFFU_DINO.get((large, backbone), {})
+            changes |= variants.LARGE_DIFFU_DINO.get(in_cfg.get("backbone", row.backbone), {})
     if options["overfit"]:
         ends = variants.OVERFIT_RECIPE if not {"steps", "epochs"} & {*given} else {}
         recipe = recipe.but(crop=False, **ends)

@@ -438,11 +438,10 @@ RECIPES = {
 # variant). Unpublished: when their rates drop, the crops, and LVIS's sampler, here none.
 LARGE = {"lvis": dict(steps=75_000, batch_size=16),
          "v3det": dict(steps=550_000, batch_size=8, repeat_rare=0.001)}
-_r50 = dict(dn_queries=300, weight_class=2.0, frozen_stages="none")
-LARGE_DIFFU_DINO = {  # what is its own there, by backbone
-    ("lvis", "resnet50"): _r50, ("v3det", "resnet50"): _r50,
-    ("lvis", "resnet101"): dict(dn_queries=100, weight_class=1.0, frozen_stages="stem"),
-    ("v3det", "swin_b"): dict(dn_queries=100, weight_class=1.0, drop_path=0.2, window=12)}
+LARGE_DIFFU_DINO = {  # its own fields there, by backbone: ResNet-101 is LVIS's, Swin-B V3Det's
+    "resnet50": dict(dn_queries=300, weight_class=2.0, frozen_stages="none"),
+    "resnet101": dict(dn_queries=100, weight_class=1.0, frozen_stages="stem"),
+    "swin_b": dict(dn_queries=100, weight_class=1.0, window=12)}
 
 
 def recipe(name):

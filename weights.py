@@ -168,8 +168,9 @@ def own_names(keys, cfg=None):
 
 def put(module, state, names, label, advice, replaceable="(?!)", replace_all=False):
     """Load a state dict under our names (`own_names`) into a module -> (names loaded, names kept).
-    Every tensor must fit, or a WeightsError says what not, `advice()` last. The module keeps its
-    values where names match `replaceable` and the tensor does not fit, or anyhow."""
+    Every tensor must fit, or a WeightsError says what does not, `advice()` last. But where a name
+    matches `replaceable` and its tensor is absent or does not fit, or with `replace_all` in any
+    case, the module keeps its values."""
     wanted = {k: v.shape for k, v in module.state_dict().items() if not IGNORED.search(k)}
     found, unequal = {}, []
     for key, name in names.items():  # where several share a name, they must be copies
