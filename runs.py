@@ -28,20 +28,21 @@ from weights import WeightsError, read_checkpoint, read_meta
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is beside its model and its recipe, whose fields are options of train.py too."""
+    """What a run is beside its model and its recipe, whose fields are options of train.py too.
+    Stored with it: known, {category id: class} of --weights; masks_only, see train.py."""
     variant: str = option("diffu", f"one of {', '.join(variants.VARIANTS)} (default: diffu)")
     data: str = option("toy", "toy, coco, lvis, v3det, or a folder of images and boxes (default: "
                        "toy)")
-    annotations: str = option(None, "the annotation file (default: searched for in --data); or a "
-                              "form for both splits', annotations/panoptic_{}.json")
+    annotations: str = option(None, "the annotation file (default: searched for in --data), or a "
+                              "form for both splits, as annotations/panoptic_{}.json")
     val_share: float = option(0.0, "share of images to validate on, if no split exists", high=0.9)
     data_root: str = option(None, "where COCO, LVIS or V3Det is (default: $COCO_ROOT, ..., else "
                             "data/coco, ...)")
-    preset: str = option("auto", "the paper's size and recipe (auto: on coco, lvis, v3det), or one "
-                         "that learns from scratch on a CPU (on other data)", "auto", "published",
-                         "small")
-    recipe: str = option("auto", "DiffuDINO's published steps, batches, ... on lvis or v3det "
-                         "(auto: with that --data at the published size)", "auto", *variants.LARGE)
+    preset: str = option(
+        "auto", "published: the paper's size and recipe (auto, on coco, lvis, v3det); small: one "
+        "that learns from scratch on a CPU (auto, on other data)", "auto", "published", "small")
+    recipe: str = option("auto", "DiffuDINO's steps and batches on lvis or v3det (auto: with that "
+                         "--data at the published size)", "auto", *variants.LARGE)
     out: str = option(None, "the run's folder (default: out/<variant>-<data>)")
     weights: str = option(None, "start from this checkpoint, published or ours (fine-tuning)")
     overfit: int = option(0, "train and evaluate on the first N training images alone", low=0)
@@ -133,9 +134,9 @@ def settle(given):
         if options["preset"] == "auto":
             options["preset"] = "published" if options["data"] in PUBLISHED else "small"
         if options["preset"] == "small":
-            changes, squares = variants.small(row.but(**in_cfg)), not recipe.max_size
-            recipe = recipe.but(**variants.TOY_RECIPE if toy else variants.SMALL_RECIPE)
-            recipe = recipe.but(max_size=0) if squares else recipe
+            small = variants.TOY_RECIPE if toy else variants.SMALL_RECIPE
+            squares = {} if recipe.max_size else {"max_size": 0}  # stay so
+            changes, recipe = variants.small(row.but(**in_cfg)), recipe.but(**small | squares)
         if in_recipe.get("backbone_weights", recipe.backbone_weights) == "none":
             changes["backbone_norm"] = "batch"  # frozen random statistics learn nothing
     if options["data"] in variants.LARGE:

@@ -7,7 +7,8 @@ then the table at the end.
 
 Papers: DETR (Carion 2020), Conditional DETR (Meng 2021), DAB-DETR (Liu 2022), Deformable DETR (Zhu
 2021), DN-DETR (Li 2022), DINO (Zhang 2023), Align-DETR (Cai 2023), Group DETR (Chen 2023:
-query_groups), LW-DETR (Chen 2024), RF-DETR (Robinson 2025), DiffuDETR (ICLR 2026).
+query_groups), LW-DETR (Chen 2024), RF-DETR (Robinson 2025), DiffuDETR (ICLR 2026); Swin (Liu 2021);
+to compare with, Faster R-CNN (Ren 2015).
 """
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -64,7 +65,8 @@ SWINS = {"swin_t": dict(window=7, drop_path=0.1), "swin_s": dict(window=7, drop_
          "swin_b": dict(window=7, drop_path=0.2), "swin_l": dict(window=12, drop_path=0.2)}
 RESNET, VIT, SWIN = ({"backbone": names} for names in (RESNETS, VITS, (*SWINS,)))
 PROPOSES, NOISE = {"two_stage": (True,)}, {"reference": ("noise",)}
-DEFORMABLE, DENOISES = {"attention": ("deformable",)}, {"denoising": ("dn", "cdn")}
+DEFORMABLE, MASKED = {"attention": ("deformable",)}, {"masks": (True,)}
+DENOISES, CDN = {"denoising": ("dn", "cdn")}, {"denoising": ("cdn",)}
 SEVERAL = NOISE | {"sampling_steps": range(2, 10 ** 9)}
 
 
@@ -83,74 +85,64 @@ class Config:
     decoder_layers: int = option(6, "decoder layers L; each predicts and is supervised")
     dropout: float = option(0.1, "dropout in the transformer", high=0.99)
     # ---- what sees the image
-    backbone: str = option("resnet50", "torchvision's ResNet or Swin; a plain ViT (LW-DETR), or "
-                           "DINOv2's (RF-DETR)", *RESNETS, *SWINS, *VITS)
-    dilation: bool = option(False, "DC5: the last stage keeps stride 16 and dilates its kernels",
-                            when=RESNET)
-    backbone_norm: str = option("frozen", "frozen, as published; batch: trainable, for scratch",
-                                "frozen", "batch", when=RESNET)
+    backbone: str = option("resnet50", "ResNet, Swin, the ViT of LW-DETR, or DINOv2's of RF-DETR",
+                           *RESNETS, *SWINS, *VITS)
+    dilation: bool = option(False, "DC5: the last stage keeps stride 16, dilated", when=RESNET)
+    backbone_norm: str = option("frozen", "batch norm: frozen, as published; batch: trained, for "
+                                "training from scratch", "frozen", "batch", when=RESNET)
     frozen_stages: str = option(
-        "layer1", "what pretraining has learned once and for all: the stem and layer1 (DETR), the "
-        "stem alone (Align-DETR), or none of it (DiffuDINO)", "layer1", "stem", "none",
-        when=RESNET | {"backbone_norm": ("frozen",)})
+        "layer1", "what is not trained: the stem and layer1 (DETR), the stem (Align-DETR), or none "
+        "(DiffuDINO)", "layer1", "stem", "none", when=RESNET | {"backbone_norm": ("frozen",)})
     vit_width: int = option(192, "channels of the ViT", when=VIT)
     vit_heads: int = option(12, "its attention heads", when=VIT)
     vit_depth: int = option(6, "its blocks", when=VIT)
     patch: int = option(16, "side of a token's patch in pixels", when=VIT)
-    grid: int = option(14, "tokens a side that have learned positions; resized for others",
-                       when=VIT)
-    windows: int = option(4, "windows a side, into which most blocks look one by one", when=VIT)
-    global_blocks: str = option("1 3 5", "blocks, from 0, that look at all windows", when=VIT)
-    taps: str = option("1 3 5", "blocks whose outputs are read", when=VIT)
-    window: int = option(7, "tokens a side of a Swin's window (by default 12 for swin_l; published "
-                         "swin_b that see 384 pixels: 12)", when=SWIN)
-    drop_path: float = option(0.0, "chance to skip the last block's sublayers in training, per "
-                              "window or image; less in earlier ones (by default 0.1 for swin_t, "
-                              "0.2 for larger Swins)", high=0.99,
-                              when={"backbone": (*SWINS, *VITS)})
-    projector_norm: str = option("batch", "norm of the convolutions that read a ViT: of the batch "
-                                 "(LW-DETR) or of a pixel's channels (RF-DETR)", "batch", "layer",
-                                 when=VIT)
-    levels: int = option(1, "feature levels: 1 = C5, 3 = C3 to C5, 4 adds a 3x3 stride-2 "
-                         "convolution of C5, 5 also C2 (DINO's 5-scale); of a ViT 1 = its stride, "
-                         "2 = half and twice, 3 = all three", 1, 2, 3, 4, 5)
+    grid: int = option(14, "its learned positions a side, resized to the tokens'", when=VIT)
+    windows: int = option(4, "its windows a side: most blocks look into one each", when=VIT)
+    global_blocks: str = option("1 3 5", "its blocks, from 0, that look at all windows", when=VIT)
+    taps: str = option("1 3 5", "its blocks whose outputs are read", when=VIT)
+    window: int = option(7, "tokens a side of a Swin's window (swin_l, files for 384 pixels: 12)",
+                         when=SWIN)
+    drop_path: float = option(
+        0.0, "chance to skip the last block in training, falling to 0 in the first (swin_t: 0.1, "
+        "larger Swins: 0.2)", high=0.99, when={"backbone": (*SWINS, *VITS)})
+    projector_norm: str = option("batch", "after a ViT's neck: batch (LW-DETR) or layer (RF-DETR)",
+                                 "batch", "layer", when=VIT)
+    levels: int = option(
+        1, "feature levels: 1 is C5; 3: C3 to C5; 4: also a stride-2 convolution of C5; 5: also C2 "
+        "(DINO); of a ViT 1: its stride; 2: half and twice; 3: all three", 1, 2, 3, 4, 5)
     pos_temperature: float = option(10000.0, "T of the image's sine position encoding", low=1)
     pos_offset: float = option(0.0, "added to the cells' count (-0.5: their centres)", low=-1)
-    activation: str = option("relu", "of the feed-forward blocks (prelu: DAB-DETR)",
-                             "relu", "prelu")
-    encoder_scale: bool = option(False, "scale the image's position encoding before each encoder "
-                                 "layer by an MLP of the tokens (DAB-DETR)")
+    activation: str = option("relu", "in feed-forward blocks (prelu: DAB-DETR)", "relu", "prelu")
+    encoder_scale: bool = option(False, "scale each encoder layer's position encoding by an MLP of "
+                                 "the tokens (DAB-DETR)")
     # ---- attention to the image
     attention: str = option(
         "dense", "how queries look at it: dense: at all tokens, content and position summed; "
         "conditional: concatenated per head (Conditional DETR); deformable: at a few points",
         "dense", "conditional", "deformable")
-    cross_heads: int = option(0, "heads of the decoder's attention to the image (0: as --heads)",
-                              low=0)
+    cross_heads: int = option(0, "heads of attention to the image (0: as --heads)", low=0)
     points: int = option(4, "sampling points P per head and level", when=DEFORMABLE)
-    masks: bool = option(False, "a mask for each query, drawn by DETR's mask head (masks.py)",
-                         when=RESNET)
+    masks: bool = option(False, "DETR's mask head draws each query's mask", when=RESNET)
     # ---- where a query starts
     reference: str = option(
         "none", "a query's reference: none (DETR), learned points (Deformable DETR) or 4-D anchors "
         "(DAB, DN), the encoder's proposals (two-stage, DINO), or noise (DiffuDETR)",
         "none", "points", *BOXES)
     two_stage: bool = option(False, "the encoder proposes boxes and is supervised")
-    group_proposals: bool = option(False, "each query group has its own head for proposals "
+    group_proposals: bool = option(False, "each query group has its own heads for proposals "
                                    "(LW-DETR)", when=PROPOSES)
-    proposal_offsets: bool = option(
-        False, "queries correct their proposals by learned offsets, all images alike (LW-DETR)",
-        when={"reference": ("proposals",)})
+    proposal_offsets: bool = option(False, "queries add learned offsets to proposals (LW-DETR)",
+                                    when={"reference": ("proposals",)})
     content: str = option(
         "zero", "zero (DETR), split (Deformable: half of the position's vector), learned (DINO's "
         "mixed query selection), label (DN-DAB: the embedding of no label) or memory (the best "
         "proposals' features: published DiffuDINO)", "zero", "split", "learned", "label", "memory")
     query_scale: bool = option(False, "scale a position made from the reference by an MLP of the "
                                "previous layer's output (Conditional, DAB, DN)")
-    size_modulation: bool = option(False, "scale that position by the reference's width and height "
-                                   "(DAB-DETR)")
-    query_groups: int = option(1, "groups of queries in training, each matched on its own (Group "
-                               "DETR, LW-DETR); inference uses the first")
+    size_modulation: bool = option(False, "scale it by the reference's width and height (DAB-DETR)")
+    query_groups: int = option(1, "groups of queries in training, each matched on its own; "
+                               "inference uses the first (Group DETR, LW-DETR)")
     # ---- how boxes improve from layer to layer
     refine: bool = option(False, "each layer starts from the previous layer's boxes")
     box_codec: str = option(
@@ -171,11 +163,9 @@ class Config:
                             "none", "dn", "cdn")
     no_label_row: bool = option(True, "their label embedding ends with a row for no label, which "
                                 "only content=label reads, but most files hold", when=DENOISES)
-    dn_queries: int = option(100, "cdn: positive queries, in as many groups as fit",
-                             when={"denoising": ("cdn",)})
+    dn_queries: int = option(100, "cdn: positive queries, in as many groups as fit", when=CDN)
     dn_groups: int = option(5, "dn: groups of all targets", when={"denoising": ("dn",)})
-    label_noise: float = option(0.2, "share of denoising labels that are random", high=1,
-                                when=DENOISES)
+    label_noise: float = option(0.2, "share of their labels that are random", high=1, when=DENOISES)
     box_noise: float = option(0.4, "how far denoising boxes move: diffusion.py", when=DENOISES)
     # ---- the diffusion of reference boxes (diffusion.py)
     timesteps: int = option(100, "T, the steps of the forward process", when=NOISE)
@@ -200,15 +190,15 @@ class Config:
                              "code) and ia (Align-DETR)", "ce", "focal", "vfl", "ia")
     copies: int = option(1, "queries a target in all but the last layer (Align-DETR: 2)")
     copies_rule: str = option(
-        "fair", "where they do not go round: fair: every target keeps one; published (Align-DETR's "
+        "fair", "where queries are too few: fair: every target keeps one; published (Align-DETR's "
         "code): some get none", "fair", "published", when={"copies": range(2, 10 ** 9)})
     weight_class: float = option(1.0, "weight of the class loss")
     weight_bbox: float = option(5.0, "weight of the L1 loss of cx, cy, w, h")
     weight_giou: float = option(2.0, "weight of the GIoU loss")
     weight_class_dn: float = option(1.0, "weight of denoising's class loss", when=DENOISES)
     cost_class: float = option(1.0, "weight of the class in the matching cost")
-    weight_mask: float = option(1.0, "weight of the masks' focal loss", when={"masks": (True,)})
-    weight_dice: float = option(1.0, "weight of the masks' dice loss", when={"masks": (True,)})
+    weight_mask: float = option(1.0, "weight of the masks' focal loss", when=MASKED)
+    weight_dice: float = option(1.0, "weight of the masks' dice loss", when=MASKED)
     no_object: float = option(0.1, "weight of no-object", when={"class_loss": ("ce",)})
     logit_eps: float = option(1e-5, "clamp of the inverse sigmoid", low=1e-9, high=0.4)
     giou_eps: float = option(0.0, "added to GIoU's denominators")
@@ -245,8 +235,8 @@ class Config:
 # Which ideas need which: a field, some of its values, and what these need of other fields.
 SCORES, VECTORS = ("focal", "vfl", "ia"), ("learned", "zero", "label", "memory")
 NEEDS = [
-    ("backbone", (*RESNETS, *SWINS), {"levels": (1, 3, 4, 5)}),
     ("detector", ("faster_rcnn",), RESNET),
+    ("backbone", (*RESNETS, *SWINS), {"levels": (1, 3, 4, 5)}),
     ("backbone", VITS, {"levels": (1, 2, 3)}),
     ("backbone", ("resnet18", "resnet34"), {"dilation": (False,)}),  # they have no bottlenecks
     ("attention", ("dense", "conditional"), {"levels": (1,)}),
@@ -321,7 +311,7 @@ def idle(names, cfg):
 # DETR: a set of boxes from learned queries, dense attention, softmax with "no object". Carion 2020.
 detr = Config()
 detr_dc5 = detr.but(dilation=True)
-# With masks; labels are COCO's raw ids of things (to 90) and stuff (92 to 200).
+# With a mask head, on COCO's raw ids of things (to 90) and stuff (92 to 200).
 detr_panoptic = detr.but(masks=True, num_classes=250)
 detr_panoptic_dc5 = detr_panoptic.but(dilation=True)
 
