@@ -45,7 +45,6 @@ def first_read(cfg):
 
 # ==================================================================================== ResNets
 
-
 def folded(conv, norm, x):
     """A convolution and the frozen norm after it as one: the weights take its scale and shift."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -123,6 +122,10 @@ class Neck(nn.ModuleList):
 
 # ====================================================================================== Swins
 
+# Channels of the first stage, and blocks of the third.
+SWIN_SIZES = {"swin_t": (96, 6), "swin_s": (96, 18), "swin_b": (128, 18), "swin_l": (192, 18)}
+
+
 class WindowAttention(ShiftedWindowAttention):
     """torchvision's parameters, but shifted as published: also on a map one window wide, where the
     shift changes nothing but which tokens the mask keeps apart."""
@@ -157,8 +160,7 @@ class Swin(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        c, depth = {"swin_t": (96, 6), "swin_s": (96, 18), "swin_b": (128, 18),
-                    "swin_l": (192, 18)}[cfg.backbone]
+        c, depth = SWIN_SIZES[cfg.backbone]
         self.features = SwinTransformer(
             [4, 4], c, [2, 2, depth, 2], [c * 2 ** i // 32 for i in range(4)], [cfg.window] * 2,
             stochastic_depth_prob=cfg.drop_path,

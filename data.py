@@ -66,7 +66,7 @@ def normalised(image, out=None):
 class Images(Dataset):
     """What the data sets share. Subclasses provide `image_ids`, `sizes`, `transform`, `rows` and
     read(i) -> (PIL image, boxes float32 [n,4] xyxy in pixels, labels int64 [n])."""
-    outlines, pngs = None, {}  # of all `rows`, where masks are asked for; panoptic maps' files
+    shapes, pngs = None, {}  # where masks are asked for: of all `rows`; files of panoptic maps
     lists, tree = {}, {}  # LVIS's fields of images, {id: {field: ids}}; V3Det's "ancestors"
 
     def __len__(self):
@@ -80,7 +80,7 @@ class Images(Dataset):
         index, seed = key if isinstance(key, tuple) else (key, 0)
         image, boxes, labels = self.read(index)
         target = dict(image_id=self.image_ids[index], orig_size=torch.tensor(image.size[::-1]))
-        masks = [self.masks(index)] if self.outlines is not None else []
+        masks = [self.masks(index)] if self.shapes is not None else []
         if self.transform:
             image, boxes, labels, *masks = self.transform(
                 image, boxes, labels, random.Random(seed), *masks)
@@ -115,8 +115,8 @@ class Images(Dataset):
         boxes = [dict(id=n, image_id=self.image_ids[int(i)], bbox=box, iscrowd=int(crowd),
                       area=area, category_id=self.category_ids[int(label)])
                  for n, (i, label, crowd, area, *box) in enumerate(self.rows(), 1)]
-        if self.outlines is not None and not self.pngs:
-            for box, (i, *_), counts in zip(boxes, self.rows(), self.outlines):
+        if self.shapes is not None and not self.pngs:
+            for box, (i, *_), counts in zip(boxes, self.rows(), self.shapes):
                 box["segmentation"] = dict(size=self.sizes[int(i)][::-1].tolist(), counts=counts)
         return dict(info={}, images=images, annotations=boxes, categories=[
             self.categories[key] | dict(name=self.classes[label])
@@ -320,8 +320,8 @@ class CocoFolder(Images):
                        if self.categories[key].get("isthing", 1)}
         self.find_images(coco["images"], parts)
         self.judge(coco["annotations"])
-        if masks:  # as an array of text: see `judge`
-            self.outlines = np.array([self.outline(record, int(i)) for record, i in zip(
+        if masks:  # an array of text, of COCO's RLE or of segments' ids; why an array: see `judge`
+            self.shapes = np.array([self.outline(record, int(i)) for record, i in zip(
                 coco["annotations"], self.raw[:, 0])], np.dtypes.StringDType())
         names = self.names.tolist()
         if both and share:
@@ -399,7 +399,7 @@ class CocoFolder(Images):
                 record, "category_id", self.label_of), crowd or 0, area, *box)
 
     def outline(self, record, i):
-        """An annotation's polygons or RLE as the text of COCO's RLE; or a segment's id."""
+        """An annotation's polygons or RLE as COCO's compressed RLE; or a segment's id."""
         (w, h), shape = self.sizes[i].tolist(), record.get("segmentation")
         if self.pngs:
             return shape
@@ -435,7 +435,7 @@ class CocoFolder(Images):
         self.raw[:, 0] = place[self.raw[:, 0].astype(np.int64)]
         rows = self.raw[:, 0] >= 0
         self.raw = raw = self.raw[rows]
-        self.outlines = None if self.outlines is None else self.outlines[rows]
+        self.shapes = None if self.shapes is None else self.shapes[rows]
         (owner, labels), crowd = raw[:, :2].T.astype(np.int64), (raw[:, 2] > 0) & (not self.pngs)
         corners = np.hstack([raw[:, 4:6], raw[:, 4:6] + raw[:, 6:]])
         boxes = corners.clip(0, np.tile(self.sizes[owner], 2)).astype(np.float32)
@@ -474,7 +474,7 @@ class CocoFolder(Images):
 
     def masks(self, i):
         """The masks of its boxes, bool [n,H,W]."""
-        shapes = self.outlines[self.order[self.offsets[i]:self.offsets[i + 1]]].tolist()
+        shapes = self.shapes[self.order[self.offsets[i]:self.offsets[i + 1]]].tolist()
         w, h = self.sizes[i].tolist()
         if self.pngs:
             seen = self.panoptic(i)[0]
@@ -490,7 +490,7 @@ class CocoFolder(Images):
         paths = os.path.join(folder, name), os.path.join(self.root, os.path.basename(folder), name)
         png = read_image(next(filter(os.path.exists, paths), paths[0]))
         rows = self.raw[:, 0] == i
-        ids = map(int, self.outlines[rows].tolist())
+        ids = map(int, self.shapes[rows].tolist())
         return np.asarray(png).astype(np.int64) @ (1, 256, 256 ** 2), dict(
             zip(ids, map(tuple, self.raw[rows, 1:3].astype(int).tolist())))
 

@@ -76,16 +76,15 @@ class Run:
             print(weights.fine_tune(model, options["weights"], same))
         elif self.first and not checkpoint:
             weights.load_backbone(model, recipe.backbone_weights)
-        if options.get("masks_only"):  # the rest stays as it is, but in train mode, as published
-            if not (same or checkpoint):
-                raise ConfigError(f"--masks: the boxes of {options['weights']} are of other classes"
-                                  ": fine-tune it on this data without --masks first")
-            model.requires_grad_(False).mask_head.requires_grad_(True)
         parts, names = dict(model.named_children()), options["freeze"].replace(" ", "").split(",")
         if wrong := {*names} - {*parts, ""}:
             raise ConfigError(f"--freeze {wrong.pop()}: this model has {', '.join(parts)}")
         self.frozen = [parts[name].requires_grad_(False) for name in names if name]
-        if options.get("masks_only"):
+        if options.get("masks_only"):  # the rest stays as it is, but with dropout, as published
+            if not (same or checkpoint):
+                raise ConfigError(f"--masks: the boxes of {options['weights']} are of other classes"
+                                  ": fine-tune it on this data without --masks first")
+            model.requires_grad_(False).mask_head.requires_grad_(True)
             self.frozen += [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         self.parallel = model.to(self.device)
         self.criterion = getattr(model, "criterion", None) or matcher.Criterion(model.cfg)

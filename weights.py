@@ -14,6 +14,7 @@ from torchvision.models import get_model_weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 import variants
+from backbone import SWIN_SIZES
 from model import build_model
 
 
@@ -126,8 +127,7 @@ STUFF = """92 banner 93 blanket 95 bridge 100 cardboard 107 counter 109 curtain 
     199 wall-other-merged 200 rug-merged"""
 # ResNets by the number of blocks in layer3, and of convolutions in a block.
 RESNETS = {(2, 2): "resnet18", (6, 2): "resnet34", (6, 3): "resnet50", (23, 3): "resnet101"}
-# Swins by the number of blocks in the third stage, and of channels in the first.
-SWINS = {(6, 96): "swin_t", (18, 96): "swin_s", (18, 128): "swin_b", (18, 192): "swin_l"}
+SWINS = {size: name for name, size in SWIN_SIZES.items()}
 # What no key of ours begins with, and some key of every other detector or Swin.
 OTHERS = ("transformer.", "bbox_head.", "features.", "layers.", "backbone.0.", "backbone.layers.",
           "backbone.stages.")
@@ -250,11 +250,12 @@ def detect(state, name=""):
         return len({m[1] for m in map(re.compile(pattern).match, shape) if m})
 
     outputs, labels = size("class_embed.0.weight"), size("label_enc.weight")
-    # detrex's DINO; its labels have a row for no label, but Align-DETR's
-    mm = any(k.startswith("bbox_head.") for k in state)  # mmdetection's, as the original otherwise
+    # mmdetection's DINO is the original's but for its heads; detrex's differs in more, and is known
+    # by its backbone's names, or as Align-DETR's by labels without a row for no label.
+    mm = any(k.startswith("bbox_head.") for k in state)
     detrex = not mm and (labels and labels == outputs or any(
         k.startswith(("backbone.res", "backbone.patch_embed.proj.")) for k in state))
-    if "align" in name.lower():  # DINO's model
+    if "align" in name.lower():  # whose model is DINO's
         variant = variant.replace("dino", "align_published" if detrex and variant == "dino"
                                   else "align")
     levels = count(r"input_proj\.(?:stages\.)?(\d+)\.")
@@ -272,7 +273,7 @@ def detect(state, name=""):
                               count(r"backbone\.layer1\.0\.conv(\d)\."))))
     if table := size("backbone.features.1.0.attn.relative_position_bias_table"):  # (2w - 1)^2 rows
         found |= dict(window=round((table ** 0.5 + 1) / 2), backbone=SWINS.get((
-            count(r"backbone\.features\.5\.(\d+)\."), size("backbone.features.0.0.weight"))))
+            size("backbone.features.0.0.weight"), count(r"backbone\.features\.5\.(\d+)\."))))
     if grid := size("backbone.pos_embed", side=1):
         found |= dict(vit_width=size("backbone.pos_embed", side=2), grid=round((grid - 1) ** 0.5),
                       vit_depth=count(r"backbone\.blocks\.(\d+)\."),
@@ -282,7 +283,7 @@ def detect(state, name=""):
                       vit_heads=found["vit_width"] // 64 if "backbone.cls_token" in shape else None)
     if mm or detrex:
         found |= dict(shared_heads=False, no_label_row=labels != outputs)
-    if detrex:  # DINO as detrex has it
+    if detrex:
         found |= dict(pos_offset=-0.5, pos_temperature=10000.0)
     if "backbone.bn1.weight" in state:  # our names tell more
         found |= dict(shared_heads="bbox_embed.1.0.weight" not in shape, backbone_norm="batch"
@@ -338,10 +339,11 @@ def fine_tune(model, source, same_classes):
     heads and label embeddings, where the file lacks them, and unless the labels mean the same
     (`same_classes`) and their number fits. Everything else must fit."""
     checkpoint, label = opened(source)
+    state = state_of(checkpoint, label)
     heads = r"(class_embed\.\d+|enc_class_embed|label_enc|roi_heads\.box_predictor%s)\." % (
-        "" if any("mask_head." in key for key in state_of(checkpoint, label)) else "|mask_head")
+        "" if any("mask_head." in key for key in state) else "|mask_head")
     loaded, fresh = _load(model, checkpoint, label, heads, not same_classes)
-    old = state_of(checkpoint, label).get("label_enc.weight")
+    old = state.get("label_enc.weight")
     if model.cfg.content == "label" and old is not None:  # its last row is no class, but content
         model.label_enc.weight.data[-1] = old[-1]
     modules = ", ".join(dict.fromkeys(name.split(".")[0] for name in fresh))
