@@ -153,8 +153,7 @@ class WindowAttention(ShiftedWindowAttention):
 
 
 class Swin(nn.Module):
-    """torchvision's Swin without its classifier, and a norm for each map that is read (Liu 2021).
-    Nothing of it is frozen."""
+    """torchvision's Swin (Liu 2021), nothing frozen, and a norm for each map that is read."""
 
     divisor = 1
 

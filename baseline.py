@@ -32,9 +32,8 @@ class FasterRCNN(nn.Module):
         self.rpn, self.roi_heads = whole.rpn, whole.roi_heads
 
     def forward(self, images, mask, targets=None, generator=None, watch=None):
-        """Images [B, 3, H, W], mask and targets as `model.Detector` takes them -> in training
-        "losses", torchvision's; else "sampled": one answer as `diffusion.best_pairs` gives it,
-        whose empty places score -1."""
+        """Arguments as `model.Detector.forward` takes them -> in training "losses", torchvision's;
+        else "sampled": one answer as of `diffusion.best_pairs`, whose empty places score -1."""
         valid = torch.stack([(~mask[:, :, 0]).sum(1), (~mask[:, 0]).sum(1)], 1)  # [B, 2] h, w
         sizes = [*map(tuple, valid.tolist())]
         scale = valid.flip(1).repeat(1, 2).float()  # [B, 4] w, h, w, h

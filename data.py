@@ -53,8 +53,8 @@ def read_image(path, size=None, head=False):
                 image = Image.alpha_composite(page, image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, ...
-        raise DataError(f"{path}: cannot be read as an image ({error}). Copy it again or remove it "
-                        "from the data.") from None
+        raise DataError(f"{path}: cannot be read as an image ({error}). Copy it again, or remove it"
+                        " from the data.") from None
 
 
 def normalised(image, out=None):
@@ -108,8 +108,7 @@ class Images(Dataset):
         self.categories = {record["id"]: record for record in categories}
 
     def ground_truth(self):
-        """COCO's file of `rows`, as crowds and boxes without area count too; with what LVIS's and
-        V3Det's rules need."""
+        """COCO's file of `rows` (crowds and boxes without area count too), or LVIS's or V3Det's."""
         images = [dict(id=key, width=int(w), height=int(h)) | self.lists.get(key, {})
                   for key, (w, h) in zip(self.image_ids, self.sizes)]
         boxes = [dict(id=n, image_id=self.image_ids[int(i)], bbox=box, iscrowd=int(crowd),
@@ -148,8 +147,12 @@ def _resize(image, boxes, masks, size, max_size, exact):
                           for one in masks]
 
 
-def _transform(image, boxes, labels, rng, *masks, size, max_size, flip, crop, exact, several):
-    """One sample through `train_transform`. The order of the draws is part of a seed's meaning."""
+def _transform(image, boxes, labels, rng, *masks, size, max_size, flip=True, crop=True, exact=False,
+               several=True):
+    """DETR's training recipe for a sample: PIL image, boxes [n,4] xyxy, labels [n], masks [n,H,W]
+    if it has them. Another `size` than 800 scales all but max_size. With max_size 0 (LW-DETR, at
+    size 640) the last resize is to a square of {448, 512, ..., 896}; several=False: of `size`.
+    exact: PIL's bytes. The order of the draws from `rng` is part of a seed's meaning."""
     low, high, *firsts = (round(side * size / 800) if max_size != 0 else side
                           for side in (384, 600, 400, 500, 600))
     if flip and rng.random() < 0.5:
@@ -174,14 +177,10 @@ def _transform(image, boxes, labels, rng, *masks, size, max_size, flip, crop, ex
     return image, boxes, labels, *masks
 
 
-def train_transform(size=800, max_size=1333, flip=True, crop=True, exact=False, several=True):
-    """DETR's training recipe; another `size` than 800 scales all but max_size. With max_size 0
-    (LW-DETR, at size 640) the last resize is to a square of {448, 512, ..., 896}; several=False: of
-    `size`. exact: PIL's bytes.
-    Returns f(PIL image, boxes [n,4] xyxy, labels [n], random.Random) -> (image, boxes, labels); it
-    takes and returns masks [n,H,W] too."""
-    return partial(_transform, size=size, max_size=max_size, flip=flip, crop=crop, exact=exact,
-                   several=several)
+def train_transform(size=800, max_size=1333, **more):
+    """f(image, boxes, labels, random.Random, masks if any), which returns them transformed: what a
+    sample goes through in training. more: flip, crop, ... of `_transform`."""
+    return partial(_transform, size=size, max_size=max_size, **more)
 
 
 eval_transform = partial(train_transform, flip=False, crop=False, exact=True)  # only a resize
@@ -200,8 +199,7 @@ FILES = ("annotations/instances_{}.json", "{}/_annotations.coco.json", "annotati
 
 
 def find_annotations(root, split, given=None, share=None, held_out=()):
-    """The annotation file of a split below root, and whether it is to be cut into both. given: it,
-    or a form as in FILES."""
+    """A split's annotation file, and whether it holds both splits. given: it, or a form of it."""
     if not os.path.isdir(root):
         raise DataError(what_is_it(Path(root)))
     forms = (given, f"annotations/{given}") if given else FILES
@@ -216,8 +214,8 @@ def find_annotations(root, split, given=None, share=None, held_out=()):
     if not (train or both):
         raise DataError(what_is_it(Path(root)))
     if not share and not held_out and (train or share == 0):
-        raise DataError(f"{root} has one annotation file, {train or both}, and no validation split:"
-                        " --val-share 0.1 cuts one.")
+        raise DataError(f"{root} has but one annotation file, {train or both}, and no validation "
+                        "split: --val-share 0.1 cuts one.")
     return train or both, True
 
 
@@ -484,8 +482,7 @@ class CocoFolder(Images):
         return torch.from_numpy(np.array(masks, bool).reshape(-1, h, w))
 
     def panoptic(self, i):
-        """The map of its segments' ids, int64 [H,W], from the PNG that holds them as colours, and
-        {id: (label, is it a crowd)}."""
+        """Its segments' ids, int64 [H,W], from the PNG's colours; {id: (label, is it a crowd)}."""
         name, (folder, _) = self.pngs[self.image_ids[i]], os.path.splitext(self.file)
         paths = os.path.join(folder, name), os.path.join(self.root, os.path.basename(folder), name)
         png = read_image(next(filter(os.path.exists, paths), paths[0]))
@@ -581,12 +578,10 @@ class ToyShapes(Images):
 
 def open_data(data, data_root=None, split="train", transform=None, known=None, image_size=128,
               toy_count=None, masks=False, **where):
-    """The data set that a command line names: "toy"; "coco" (in data_root, $COCO_ROOT or data/coco)
-    and so "lvis" and "v3det"; or a folder (masks, where: see `CocoFolder`). image_size, toy_count:
-    of the toy pictures."""
+    """The data set that a command line names: "toy" (image_size, toy_count: its pictures'); "coco"
+    (in data_root, $COCO_ROOT or data/coco), "lvis", "v3det"; or a folder (where: `CocoFolder`)."""
     if data_root is not None and data not in PUBLISHED:
-        raise DataError(f"data_root '{data_root}' is for data 'coco', 'lvis' or 'v3det', not "
-                        f"'{data}'. Omit one.")
+        raise DataError(f"--data-root {data_root} is for --data coco, lvis or v3det: omit it.")
     if data == "toy":
         if masks:
             raise DataError("toy pictures have no masks: give --data a folder with outlines")

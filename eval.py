@@ -47,8 +47,7 @@ def postprocess(outputs, sizes, cfg):
     """What the model says about B images of sizes [B,2] (height, width in pixels) -> a list of B
     dicts: "scores" [K] in 0..1, best first, "labels" [K] and "boxes" [K,4] (x0, y0, x1, y1 in the
     images' pixels), "query" [K]. DETR ("ce"): each query's best class but the last, "no object".
-    Deformable DETR and after: the best query-class pairs. Diffusion: those of all steps after NMS,
-    clipped."""
+    After it: the best query-class pairs. Diffusion: those of all steps after NMS, clipped."""
     if "sampled" in outputs:
         answers = outputs["sampled"]
     elif cfg.class_loss == "ce":
@@ -400,8 +399,7 @@ def draw_queries(folders, out, batch_size=4, workers=0, limit=None, device=None)
         figure.colorbar(points, label="mean distance from there, in image sides")
         axis.set(title=f"{folder}: {len(x)} queries", xlim=(0, 1), ylim=(1, 0), aspect="equal")
         lines.append(f"{folder}: a query strays {strays.mean():.3f} of a side from its mean centre;"
-                     f" {(near > 0.5).sum()} of {len(near)} near misses (IoU 0.3 to 0.5 with an "
-                     "object) score above 0.5")
+                     f" {(near > 0.5).sum()} of {len(near)} near misses score above 0.5")
     figure.savefig(out, dpi=130)
     return lines
 

@@ -30,8 +30,7 @@ from variants import BOXES, VITS
 
 
 def build_model(variant, **overrides):
-    """A `Detector` by a variant's name, with fields overridden: ("dino", num_classes=3). Or the
-    baseline, a `FasterRCNN`."""
+    """A variant's `Detector` or `FasterRCNN`, with fields overridden: ("dino", num_classes=3)."""
     cfg = variants.variant(variant, **overrides)
     return FasterRCNN(cfg) if cfg.detector == "faster_rcnn" else Detector(cfg)
 

@@ -31,13 +31,11 @@ class Options:
     """What a run is beside its model and its recipe, whose fields are options of train.py too.
     Stored with it: known, {category id: class} of --weights; masks_only, see train.py."""
     variant: str = option("diffu", f"one of {', '.join(variants.VARIANTS)} (default: diffu)")
-    data: str = option("toy", "toy, coco, lvis, v3det, or a folder of images and boxes (default: "
-                       "toy)")
+    data: str = option("toy", "toy (default), coco, lvis, v3det, or a folder of images and boxes")
     annotations: str = option(None, "the annotation file (default: searched for in --data), or a "
                               "form for both splits, as annotations/panoptic_{}.json")
     val_share: float = option(0.0, "share of images to validate on, if no split exists", high=0.9)
-    data_root: str = option(None, "where COCO, LVIS or V3Det is (default: $COCO_ROOT, ..., else "
-                            "data/coco, ...)")
+    data_root: str = option(None, "where coco, lvis or v3det is (default: $COCO_ROOT or data/coco)")
     preset: str = option(
         "auto", "published: the paper's size and recipe (auto, on coco, lvis, v3det); small: one "
         "that learns from scratch on a CPU (auto, on other data)", "auto", "published", "small")
@@ -65,10 +63,9 @@ class Options:
 FREE = {"resume", "data", "data_root", "annotations", "device", "workers", "epochs", "steps",
         "eval_every", "lr", "lr_backbone", "micro_batch", "save_steps", "clip_norm", "keep_every",
         "checkpoint_activations", "compile"}
-# What --help tells; --help all tells every field.
-USUAL = {"variant", "data", "annotations", "val_share", "preset", "out", "weights", "overfit",
-         "freeze", "device", "workers", "amp", "backbone", "num_queries", "epochs", "lr",
-         "batch_size", "micro_batch", "image_size", "backbone_weights"}
+# What --help tells beside Options; --help all tells every field.
+USUAL = {"backbone", "num_queries", "epochs", "lr", "batch_size", "micro_batch", "image_size",
+         "backbone_weights"}
 LAST = ("last.pth", "last.prev.pth")  # a run's newest checkpoint, and the one before it
 
 
@@ -106,7 +103,7 @@ def parse(argv, description):
         group = parser.add_argument_group(title)
         for f in fields(table):
             if f.name != "num_classes":  # which follows from the data
-                add_field(group, f, everything or f.name in USUAL)
+                add_field(group, f, everything or table is Options or f.name in USUAL)
     names = (*variants.FIELDS, *(f.name for f in fields(Options)))
     return vars(parse_args(parser, ["--help"] if everything else argv, names))
 

@@ -200,8 +200,7 @@ def train(run):
                 if run.step % run.options["save_steps"] == 0 or time.time() - run.saved > 300:
                     run.save()
             run.test_if_due()
-        run.say(f"done at step {run.step}: best AP {run.best:.3f}; checkpoints, log, curves and "
-                f"predictions are in {run.out}")
+        run.say(f"done at step {run.step}: best AP {run.best:.3f}; all of it is in {run.out}")
         return interrupted()  # in the last evaluation
 
 

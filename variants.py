@@ -16,8 +16,7 @@ from difflib import get_close_matches
 
 def option(default, text, *choices, low=None, high=1e30, when=None):
     """One field: its default, what `--help` prints, and the words it accepts (none: any). low,
-    high: its range (default: whole numbers from 1, others from 0). when: {field: values} without
-    which nothing reads it."""
+    high: its range (default: from 1, fractions from 0). when: the {field: values} that read it."""
     low = {int: 1, float: 0}.get(type(default)) if low is None else low
     return field(default=default, metadata=dict(
         help=text, choices=choices, low=low, high=high, when=when or {}))
@@ -114,8 +113,7 @@ class Config:
     pos_temperature: float = option(10000.0, "T of the image's sine position encoding", low=1)
     pos_offset: float = option(0.0, "added to the cells' count (-0.5: their centres)", low=-1)
     activation: str = option("relu", "in feed-forward blocks (prelu: DAB-DETR)", "relu", "prelu")
-    encoder_scale: bool = option(False, "scale each encoder layer's position encoding by an MLP of "
-                                 "the tokens (DAB-DETR)")
+    encoder_scale: bool = option(False, "an MLP of the tokens scales their positions (DAB-DETR)")
     # ---- attention to the image
     attention: str = option(
         "dense", "how queries look at it: dense: at all tokens, content and position summed; "
@@ -130,8 +128,8 @@ class Config:
         "(DAB, DN), the encoder's proposals (two-stage, DINO), or noise (DiffuDETR)",
         "none", "points", *BOXES)
     two_stage: bool = option(False, "the encoder proposes boxes and is supervised")
-    group_proposals: bool = option(False, "each query group has its own heads for proposals "
-                                   "(LW-DETR)", when=PROPOSES)
+    group_proposals: bool = option(False, "each query group has its own proposals (LW-DETR)",
+                                   when=PROPOSES)
     proposal_offsets: bool = option(False, "queries add learned offsets to proposals (LW-DETR)",
                                     when={"reference": ("proposals",)})
     content: str = option(
@@ -251,8 +249,8 @@ NEEDS = [
     ("size_modulation", (True,), {"attention": ("conditional",), "reference": BOXES}),
     ("encoder_scale", (True,), {"encoder_layers": range(1, 10 ** 9)}),
     ("box_codec", ("relative",), {"reference": BOXES}),
-    ("masks", (True,), {"backbone": RESNETS, "attention": ("dense", "conditional"),
-                        "query_groups": (1,), "reference": ("none", *BOXES[:2], "points")}),
+    ("masks", (True,), RESNET | {"attention": ("dense", "conditional"), "query_groups": (1,),
+                                 "reference": ("none", "points", "anchors", "proposals")}),
     ("look_forward_twice", (True,), {"refine": (True,)}),
     ("copies", range(2, 10 ** 9), {"class_loss": SCORES}),  # "ce" counts one query a target
 ]
@@ -382,8 +380,7 @@ rf_large = rf_medium.but(grid=44)
 rf_base = rf_nano.but(patch=14, grid=37, windows=4, global_blocks="2 5 8 11", taps="1 4 7 10",
                       decoder_layers=3)
 
-# DiffuDETR: the reference boxes are a diffusion variable, denoised in a few decoder evaluations.
-# ICLR 2026.
+# DiffuDETR: reference boxes start from noise, denoised in a few decoder evaluations. ICLR 2026.
 diffu = deformable_two_stage.but(reference="noise", content="learned")
 diffu_dab = dab.but(reference="noise", content="learned")
 diffu_dino = dino.but(reference="noise")

@@ -89,8 +89,7 @@ RULES = [(re.compile(pattern), to) for pattern, to in [
     (r"\.layers\.(\d)\.", lambda m: f".{2 * int(m[1])}."),  # an MLP's layers, ReLUs between
 ]]
 
-# Not weights: what a profiler or batch norm counts, the noise schedule of diffusion.py, and what a
-# Swin computes from its window.
+# Not weights: what a profiler or batch norm counts, the noise schedule, indices of Swins' windows.
 IGNORED = re.compile(r"(total_params|total_ops|num_batches_tracked)$|^betas$|^posterior_|"
                      r"alphas_cumprod(_prev)?$|attn\.(w_msa\.)?relative_position_index$|attn_mask$")
 
@@ -317,8 +316,7 @@ def likely(checkpoint, label):
 
 
 def coco_classes(num_classes):
-    """(class names, category ids) of a published head: COCO's 91 raw ids, its 80, the 250 of things
-    and stuff, or numbers."""
+    """(names, category ids) of a head: COCO's 80, its 91 or, with stuff, 250 raw ids; numbers."""
     names = ["N/A", *FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"][1:]]
     if num_classes == 80:
         return [n for n in names if n != "N/A"], [i for i, n in enumerate(names) if n != "N/A"]
