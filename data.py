@@ -214,8 +214,8 @@ def find_annotations(root, split, given=None, share=None, held_out=()):
     if not (train or both):
         raise DataError(what_is_it(Path(root)))
     if not share and not held_out and (train or share == 0):
-        raise DataError(f"{root} has but one annotation file, {train or both}, and no validation "
-                        "split: --val-share 0.1 cuts one.")
+        raise DataError(f"{root} has one annotation file, {train or both}, and no validation split:"
+                        " --val-share 0.1 cuts one.")
     return train or both, True
 
 
