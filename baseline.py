@@ -21,8 +21,6 @@ class FasterRCNN(nn.Module):
     """torchvision's parts without its transform, as images come resized and normalised (data.py).
     `cfg` is the model's `Config`, of which it reads what `variants.RCNN` lists."""
 
-    checkpoint_activations = False  # nothing is recomputed
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.backbone = cfg, ResNet(cfg)

@@ -241,8 +241,6 @@ def sample(decode, batch_size, cfg, device, dtype, generators=None, watch=None):
     drawn = iter(generators) if torch.is_tensor(generators) else None  # an exported model's input
     generators = generators if drawn or generators else [
         torch.Generator().manual_seed(0) for _ in range(batch_size)]
-    if not drawn and (isinstance(generators, torch.Generator) or len(generators) != batch_size):
-        raise ValueError(f"generators must be a list of {batch_size}, one per image")
 
     def noise():
         if drawn:

@@ -105,7 +105,7 @@ class Config:
     drop_path: float = option(
         0.0, "chance to skip the last block in training, falling to 0 in the first (swin_t: 0.1, "
         "larger Swins: 0.2)", high=0.99, when={"backbone": (*SWINS, *VITS)})
-    projector_norm: str = option("batch", "after a ViT's neck: batch (LW-DETR) or layer (RF-DETR)",
+    projector_norm: str = option("batch", "norm in a ViT's neck: batch (LW-DETR), layer (RF-DETR)",
                                  "batch", "layer", when=VIT)
     levels: int = option(
         1, "feature levels: 1 is C5; 3: C3 to C5; 4: also a stride-2 convolution of C5; 5: also C2 "
@@ -119,7 +119,7 @@ class Config:
         "dense", "how queries look at it: dense: at all tokens, content and position summed; "
         "conditional: concatenated per head (Conditional DETR); deformable: at a few points",
         "dense", "conditional", "deformable")
-    cross_heads: int = option(0, "heads of attention to the image (0: as --heads)", low=0)
+    cross_heads: int = option(0, "heads of queries' attention to the image (0: as --heads)", low=0)
     points: int = option(4, "sampling points P per head and level", when=DEFORMABLE)
     masks: bool = option(False, "DETR's mask head draws each query's mask", when=RESNET)
     # ---- where a query starts
