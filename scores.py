@@ -1,6 +1,6 @@
 """Scores by pycocotools alone: COCO's, LVIS's (Gupta 2019), V3Det's (Wang 2023), panoptic quality.
 
-All equal their official evaluators' to the last bit. Detections are rows [D, 7]: index of the
+Boxes' scores are the official evaluators' to the last bit. Detections are rows [D, 7]: index of the
 image, category id, score, x, y, w, h in pixels; as dicts V3Det's 29,821 images of 300 would fill
 the memory. Read `metrics`, then what it chooses from.
 """
