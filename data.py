@@ -200,8 +200,6 @@ FILES = ("annotations/instances_{}.json", "{}/_annotations.coco.json", "annotati
 
 def find_annotations(root, split, given=None, share=None, held_out=()):
     """A split's annotation file, and whether it holds both splits. given: it, or a form of it."""
-    if not os.path.isdir(root):
-        raise DataError(what_is_it(Path(root)))
     forms = (given, f"annotations/{given}") if given else FILES
     train, val, both = (None, None, given) if given and "{}" not in str(given) else (
         next((path for name in names for form in forms
@@ -211,7 +209,7 @@ def find_annotations(root, split, given=None, share=None, held_out=()):
         raise DataError(f"--val-share {share}: {root} has a validation split, {val}. Omit it.")
     if val and split == "val" or train and split == "train" and not share:
         return val if split == "val" else train, False
-    if not (train or both):
+    if not (train or both) or not os.path.isdir(root):
         raise DataError(what_is_it(Path(root)))
     if not share and not held_out and (train or share == 0):
         raise DataError(f"{root} has one annotation file, {train or both}, and no validation split:"

@@ -234,7 +234,8 @@ def picture_grid(model, dataset, path, chosen, score=SCORE):
     """Write one sheet: the images of these indices, truth beside predictions."""
     panels = []
     for i in chosen:
-        (image, target), (pixels, mask, _) = dataset[i], data.collate([dataset[i]])
+        image, target = dataset[i]
+        pixels, mask, _ = data.collate([(image, target)])
         image = to_pil_image(image)
         image.thumbnail((640, 640))
         truth = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(image.size * 2)
