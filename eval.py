@@ -499,7 +499,7 @@ def run(argv):
         results = predict(finder, args.images, Path(out), args.score, args.trajectory,
                           args.batch_size)
         failed = sum("error" in result for result in results)
-        print(f"{len(results) - failed} of {len(results)} images: {out}")
+        print(f"{len(results) - failed} of {len(results)} photos: {out}")
         return int(failed > 0 or not results)
     dataset = finder.open(args.data, args.data_root, annotations=args.annotations)
     out = args.out or args.weights.parent
