@@ -134,8 +134,8 @@ class Finder:
     def __init__(self, model, meta, image_size=None):
         recipe, self.model, self.meta = meta["recipe"], model, meta
         self.size = image_size or recipe["image_size"]  # short side; the long side's is in scale
-        self.transform = data.eval_transform(
-            self.size, round(self.size * recipe["max_size"] / recipe["image_size"]))
+        self.longest = round(self.size * recipe["max_size"] / recipe["image_size"])  # 0: squares
+        self.transform = data.eval_transform(self.size, self.longest)
 
     def __call__(self, images, score=SCORE, batch_size=4, watch=None):
         """Objects in a path, a PIL image or an array [H,W,3] (uint8, RGB) -> a dict of lists, best
@@ -457,7 +457,8 @@ def run(argv):
     add("--out", type=Path, help="a folder; with --data, a .json file; with --compare, an image")
     add("--weights", type=Path, help="a checkpoint: of train.py, or a published one")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--image-size", type=int, help="short side in pixels (default: the checkpoint's)")
+    add("--image-size", type=int, help="short side in pixels, with --export the square's (default: "
+        "the checkpoint's)")
     add("--annotations", help="with --data: the annotation file (default: searched for)")
     add("--data-root", help="with --data coco, lvis or v3det: where it is")
     add("--batch-size", type=int, default=4, help="images at a time")
@@ -491,8 +492,9 @@ def run(argv):
     if why:
         raise variants.ConfigError(why)
     if args.export:
-        export(model, finder.size, args.export)
-        print(f"images of {finder.size} x {finder.size} pixels: {args.export}")
+        side = args.image_size or finder.longest or finder.size  # holds any image, padded
+        export(model, side, args.export)
+        print(f"images of {side} x {side} pixels: {args.export}")
         return 0
     if args.images:
         out = runs.numbered(args.out or args.weights.parent / "predictions", RESULTS)

@@ -202,7 +202,7 @@ def describe(run):
           f"recipe: {', '.join(f'{k}={v}' for k, v in chosen['recipe'].items())}")
     side = recipe.image_size // (16 if cfg.dilation else 32)
     one = cfg.levels == 1 and cfg.backbone in variants.RESNETS and cfg.detector == "detr"
-    if one and side ** 2 < 64:
+    if one and side ** 2 < 64 and not options["weights"]:
         print(f"expect little: this variant looks at C5 alone, here {side} x {side} tokens, and "
               "does not learn in so short a run: use --variant deformable")
 

@@ -56,8 +56,9 @@ def coco_metrics(truth, detections, image_ids, table=False, kind="bbox"):
     """pycocotools' scores of detections in its results format, as `metrics` does -> {METRICS:
     0..1}. kind: "bbox", or "segm" for masks."""
     categories = sorted(category["id"] for category in truth["categories"])
-    sides = [{category: [] for category in categories} for _ in range(2)]
-    for side, records in zip(sides, (truth["annotations"], detections)):
+    sides, chosen = [{category: [] for category in categories} for _ in range(2)], {*image_ids}
+    boxes = [record for record in truth["annotations"] if record["image_id"] in chosen]
+    for side, records in zip(sides, (boxes, detections)):
         for record in records:
             side[record["category_id"]].append(record)
     jobs = categories, *(side.values() for side in sides)

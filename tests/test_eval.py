@@ -111,7 +111,7 @@ def test_eval_predict():
             Path(folder, name).write_bytes(b"not an image")
         words = f"--weights x.pth --device cpu --images {folder}/a {folder}/b --out {folder}/"
         code, said = command(words + "out --batch-size 3", model, meta(dataset))
-        assert code == 1 and "broken.jpg" in said and "3 of 4 images" in said, said
+        assert code == 1 and "broken.jpg" in said and "3 of 4 photos" in said, said
         assert f"{folder}/out-2" in command(words + "out", model, meta(dataset))[1]
         first = json.loads(Path(folder, "out/predictions.json").read_text())[0]
         assert len([*Path(folder, "out").glob("*.jpg")]) == 3
