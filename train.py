@@ -149,8 +149,9 @@ class Run:
         runs.append_log(self.log, step=self.step, epoch=self.step // self.per_epoch, **metrics)
         self.say("step {}: ".format(self.step) + ", ".join(
             f"{k} {metrics[k]:.3f}" for k in metrics if re.search("(AP|AP50|PQ)$", k)))
-        if metrics["AP"] > self.best or not (self.out / "best.pth").exists():
-            self.best = metrics["AP"]
+        score = metrics.get("PQ", metrics.get("segm_AP", metrics["AP"]))  # masks', if there are any
+        if score > self.best or not (self.out / "best.pth").exists():
+            self.best = score
             self.save("best.pth")
             evaluation.picture_grid(model, self.val_set, self.out / "predictions.png",
                                     range(min(8, limit or 8, len(self.val_set))))
@@ -200,7 +201,7 @@ def train(run):
                 if run.step % run.options["save_steps"] == 0 or time.time() - run.saved > 300:
                     run.save()
             run.test_if_due()
-        run.say(f"done at step {run.step}: best AP {run.best:.3f}; all of it is in {run.out}")
+        run.say(f"done at step {run.step}: best {run.best:.3f}; all of it is in {run.out}")
         return interrupted()  # in the last evaluation
 
 

@@ -87,6 +87,8 @@ def test_masks_second_stage_trains_a_head_on_a_detector_that_stays_as_it_is():
         assert all(torch.equal(x, new[k]) for k, x in old.items() if "num_batches" not in k)
         line = [json.loads(x) for x in Path(two, "log.jsonl").read_text().splitlines()]
         assert line[0]["loss_mask"] > 0 and line[0]["loss_bbox_0"] > 0 and "segm_AP50" in line[1]
+        best = weights.read_checkpoint(f"{two}/last.pth")["best"]  # of masks: boxes stay
+        assert abs(best - line[1]["segm_AP"]) < 1e-5
 
         eval_of = ["--weights", two + "/best.pth", "--score", "0", "--workers", "0"]
         code, said = run_quietly([*eval_of, "--data", root], evaluation.main)
