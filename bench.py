@@ -439,7 +439,7 @@ def bench_gpu(args):
 
 
 def clocked(way, rounds, graph=False):
-    """Median seconds of way(); graph: of its CUDA graph's replays, without Python's cost."""
+    """Median seconds of way(); graph: of its CUDA graph's replays."""
     for _ in range(3):  # compiles, and sets up what a capture must not
         way()
     if GPU and graph:
@@ -447,20 +447,25 @@ def clocked(way, rounds, graph=False):
         with torch.cuda.graph(captured):
             way()
         way = captured.replay
-    seconds = []
-    for _ in range(3 * rounds if GPU else 1):
+    if not GPU:  # a rehearsal
         started = time.perf_counter()
         way()
-        if GPU:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+    seconds, (first, last) = [], (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3 * rounds):  # by the GPU's clock, without the host's launch and wait
+        first.record()
+        way()
+        last.record()
+        last.synchronize()
+        seconds.append(first.elapsed_time(last) / 1e3)
     return float(np.median(seconds))
 
 
 def gpu_right(args):
     done = subprocess.run([sys.executable, "test_all.py", "-k", "msda"], capture_output=True,
                           text=True)
-    print(done.stdout[-3000:] + f"right: {done.stdout.splitlines()[-1]} (test_all.py -k msda)")
+    print(done.stdout[-3000:], done.stderr[-1000:] * (done.returncode > 0))
+    print(f"right: {done.stdout.strip().rpartition(chr(10))[2]} (test_all.py -k msda)")
     return done.returncode
 
 
@@ -592,10 +597,10 @@ def gpu_profile(args):
 
 def gpu_sanitizer(args):
     """Does a kernel touch memory that is not its own? Not run where that is not allowed."""
-    tool = shutil.which("compute-sanitizer")
+    tool = shutil.which("compute-sanitizer") if GPU else None
     done = tool and subprocess.run([tool, sys.executable, "test_all.py", "-k", "msda_ways"],
                                    capture_output=True, text=True)
-    print("sanitizer: " + (done.stdout.splitlines()[-1] if done and GPU else "not run"))
+    print("sanitizer: " + (done.stdout.splitlines()[-1] if done else "not run"))
 
 
 if __name__ == "__main__":
